@@ -1,0 +1,51 @@
+"""Interleaved rounds on a noisy machine: report medians of per-round ratios, never a lone time."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+Side = tuple[Callable[[], object], int]  # what to run, and how many iterations one run stands for
+
+
+def rounds(sides: dict[str, Side], count: int = 15) -> dict[str, list[float]]:
+    """Seconds per iteration of every side in every round; the order rotates from round to round.
+
+    The first side runs twice a round, the second time as ``self``, so that ``self`` / first says how far to trust a ratio.
+    """
+    first = next(iter(sides))
+    everything = {**sides, "self": sides[first]}
+    for run, _ in sides.values():
+        run()
+    names = list(everything)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(count):
+        for k in range(len(names)):
+            name = names[(k + number) % len(names)]
+            run, iterations = everything[name]
+            start = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start) / iterations)
+    return times
+
+
+def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
+    """Median over rounds of a / b."""
+    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+
+
+def milliseconds(times: dict[str, list[float]], name: str) -> float:
+    return statistics.median(times[name]) * 1e3
+
+
+def machine() -> str:
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    return f"{model}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, Python {platform.python_version()}"

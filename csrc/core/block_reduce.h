@@ -1,0 +1,49 @@
+// The one shape in which a contiguous block of values is summed. It does not depend on threads, instruction set or
+// device: segments of 1024 elements; in a segment 32 lanes add every 32nd element in double, then fold as a tree
+// (16, 8, 4, 2, 1); segments are added in order. Blocks shorter than 32 (convolution kernels) are added one by one.
+#pragma once
+
+#include <cstdint>
+
+#include "core/macros.h"
+
+namespace torch_ext::core {
+
+constexpr int64_t kLanes = 32;
+constexpr int64_t kSegment = 1024;
+
+// Sum of value(0) ... value(size - 1), sequential; `value` returns double.
+template <typename Value>
+TX_HD double sum_short(int64_t size, const Value& value) {
+  double total = 0;
+  for (int64_t i = 0; i < size; ++i) total += value(i);
+  return total;
+}
+
+// The same shape as one warp of CUDA computes, on one CPU thread.
+template <typename Value>
+TX_HD double sum_segment(int64_t size, const Value& value) {
+  double lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= size; i += kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) lane[l] += value(i + l);
+  }
+  for (int64_t l = 0; i + l < size; ++l) lane[l] += value(i + l);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t l = 0; l < half; ++l) lane[l] += lane[l + half];
+  }
+  return lane[0];
+}
+
+template <typename Value>
+TX_HD double sum_block(int64_t size, const Value& value) {
+  if (size < kLanes) return sum_short(size, value);
+  double total = 0;
+  for (int64_t begin = 0; begin < size; begin += kSegment) {
+    const int64_t count = size - begin < kSegment ? size - begin : kSegment;
+    total += sum_segment(count, [&](int64_t i) { return value(begin + i); });
+  }
+  return total;
+}
+
+}  // namespace torch_ext::core

@@ -1,0 +1,53 @@
+"""tests/optim_db.json is what the reference computes, and is complete."""
+
+import json
+from typing import Any
+
+import pytest
+
+from torch_ext.reference.optim import AdaHessianReference
+from torch_ext.reference.optim.adahessian import OPTION_NAMES
+from torch_ext.testing import problems
+from torch_ext.testing.make_optim_db import ADAHESSIAN_VARIANTS, PATH, ROWS, adahessian, difference, dumps
+
+TABLE: dict[str, Any] = json.loads(PATH.read_text())
+
+
+def test_every_row_is_there() -> None:
+    assert set(ROWS) <= set(TABLE)
+    assert [v["name"] for v in TABLE["AdaHessian"]["variants"]] == list(ADAHESSIAN_VARIANTS)
+    varied = {name for options in ADAHESSIAN_VARIANTS.values() for name in options}
+    assert varied == set(OPTION_NAMES)
+
+
+def test_the_file_is_the_writers_text() -> None:
+    assert dumps(TABLE) + "\n" == PATH.read_text()
+
+
+@pytest.mark.parametrize("variant", list(ADAHESSIAN_VARIANTS))
+def test_first_hundred_steps(variant: str) -> None:
+    (new,) = adahessian([variant], iterations=101)["variants"]
+    old = next(v for v in TABLE["AdaHessian"]["variants"] if v["name"] == variant)
+    for key in ("options", "loss_sign", "rtol"):
+        assert old[key] == new[key]
+    assert new["trajectory"]["iterations"] == [0, 100]
+    assert difference(old["trajectory"], new["trajectory"]) <= old["rtol"]
+
+
+def test_trajectories_converge_and_differ() -> None:
+    last = {}
+    for variant in TABLE["AdaHessian"]["variants"]:
+        path = variant["trajectory"]
+        assert path["iterations"] == list(range(0, 1001, 100))
+        assert path["loss"][-1] < 0.125 < 0.7 < path["loss"][0]
+        last[variant["name"]] = path["parameters"]
+    assert last.pop("maximize") == last["default"]
+    texts = [json.dumps(p) for p in last.values()]
+    assert len(set(texts)) == len(texts)
+
+
+@pytest.mark.parametrize(("options", "word"), TABLE["AdaHessian"]["options_bad"])
+def test_bad_options_name_the_option(options: dict[str, Any], word: str) -> None:
+    params, _ = problems.tanh_layer()
+    with pytest.raises(ValueError, match=rf"AdaHessian: {word} must"):
+        AdaHessianReference(list(params.values()), **options)

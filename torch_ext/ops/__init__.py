@@ -1,0 +1,6 @@
+"""Dispatcher operators that stand on their own."""
+
+from torch_ext.ops.philox4x32 import philox4x32
+from torch_ext.ops.rademacher import rademacher_
+
+__all__ = ["philox4x32", "rademacher_"]

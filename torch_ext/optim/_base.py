@@ -1,0 +1,235 @@
+"""What every optimizer of the pack shares: options from the C++ field table; state that survives load, copy, pickle."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from torch_ext import _C
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+Closure: TypeAlias = Callable[[], Any]
+
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Base of the pack's optimizers. Subclasses set ``_name``, the key of their field table."""
+
+    _name: str
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: ParamsT, options: dict[str, Any], process_group: ProcessGroup | None) -> None:
+        self._process_group = process_group
+        self._lost_process_group = False
+        super().__init__(params, {**options, **self._checked(options)})
+
+    # --- options -----------------------------------------------------------------------------------------------------
+
+    def _checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options in their own types; a tensor learning rate stays the tensor that its scheduler writes to."""
+        lr = options.get("lr")
+        if isinstance(lr, Tensor) and lr.numel() != 1:
+            raise ValueError("Tensor lr must have one element")
+        checked = _C.check_options(self._name, dict(options))
+        if isinstance(lr, Tensor):
+            checked["lr"] = lr
+        return checked
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; options that it does not name are the defaults.
+
+        Raises ValueError for a parameter that is already in a group or twice in this one, for an option out of range,
+        and for a global option that differs from the other groups.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        first = self.param_groups[0] if self.param_groups else self.defaults
+        shared = {f["name"]: first[f["name"]] for f in _C.schema(self._name)["fields"] if f["global"]}
+        group = {**self.defaults, **shared, **param_group, "params": params}
+        group = {**group, **self._checked(group)}
+        for name, value in shared.items():
+            if group[name] != value:
+                raise ValueError(
+                    f"{self._name}: option {name} is the same for all parameters and cannot differ in a group"
+                )
+        ids = [id(p[1] if isinstance(p, tuple) else p) for p in params]
+        if len(set(ids)) != len(ids):
+            raise ValueError("some parameters appear more than once in a parameter group")
+        super().add_param_group(group)
+
+    # --- distribution ------------------------------------------------------------------------------------------------
+
+    @property
+    def process_group(self) -> ProcessGroup | None:
+        """Group over which a step averages what it reads; None: not distributed. Never saved."""
+        return self._process_group
+
+    @process_group.setter
+    def process_group(self, group: ProcessGroup | None) -> None:
+        self._process_group = group
+        self._lost_process_group = False
+
+    def _mean_over_processes(self, tensors: list[Tensor]) -> list[Tensor]:
+        if self._lost_process_group:
+            raise RuntimeError(
+                f"this {self._name} was distributed when it was pickled: set opt.process_group (to a group or to None) "
+                "before the next step()"
+            )
+        if self._process_group is None:
+            return tensors
+        return _C.all_reduce_mean(tensors, self._process_group)
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _first_param(self) -> Tensor:
+        for group in self.param_groups:
+            if group["params"]:
+                first: Tensor = group["params"][0]
+                return first
+        raise ValueError(f"{self._name} has no parameters")
+
+    def _counter(self, name: str, *, on_cpu: bool = False) -> Tensor:
+        """An optimizer-wide 0-dim int64 counter; it sits in the first parameter's state."""
+        first = self._first_param
+        state = self.state[first]
+        device = torch.device("cpu") if on_cpu else first.device
+        counter: Tensor | None = state.get(name)
+        if counter is None or counter.device != device:
+            counter = torch.zeros((), dtype=torch.int64, device=device) if counter is None else counter.to(device)
+            state[name] = counter
+        return counter
+
+    def _counter_value(self, name: str) -> int:
+        state = self.state.get(self._first_param, {})
+        return int(state[name]) if name in state else 0
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """Steps that changed nothing because a gradient was not finite: 0-dim int64 on the first parameter's device."""
+        first = self._first_param
+        counter: Tensor | None = self.state.get(first, {}).get("global_skipped")
+        return torch.zeros((), dtype=torch.int64, device=first.device) if counter is None else counter.clone()
+
+    def _check_state(self, param: Tensor, options: dict[str, Any], state: dict[str, Tensor]) -> None:
+        """ValueError if loaded state does not fit the parameter."""
+
+    # --- saving and loading ------------------------------------------------------------------------------------------
+
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch, with an entry ``torch_ext`` that names optimizer and format; C++ reads and writes the same."""
+        result: dict[str, Any] = super().state_dict()
+        result["torch_ext"] = {"optimizer": self._name, "format_version": _C.schema(self._name)["format_version"]}
+        return result
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch, but state keeps its own dtype (torch casts it to the parameter's) and errors change nothing.
+
+        Raises ValueError for the state_dict of another optimizer or a newer format, for options out of range and for
+        state that does not fit its parameter.
+        """
+        pre_hooks, post_hooks = self._optimizer_load_state_dict_pre_hooks, self._optimizer_load_state_dict_post_hooks
+        state_dict = dict(state_dict)
+        for pre_hook in pre_hooks.values():
+            changed = pre_hook(self, state_dict)
+            if changed is not None:
+                state_dict = changed
+        loaded = self._loadable(state_dict)
+        try:  # the base runs both kinds of hooks; ours frame the restored dtypes as well
+            self._optimizer_load_state_dict_pre_hooks = OrderedDict()
+            self._optimizer_load_state_dict_post_hooks = OrderedDict()
+            super().load_state_dict(state_dict)
+        finally:
+            self._optimizer_load_state_dict_pre_hooks = pre_hooks
+            self._optimizer_load_state_dict_post_hooks = post_hooks
+        for param, tensors in loaded:
+            self.state[param].update(tensors)
+        for post_hook in post_hooks.values():
+            post_hook(self)
+
+    def _loadable(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Checks a state_dict against this optimizer; returns each parameter's state in its right dtype and device."""
+        about = state_dict.get("torch_ext", {})
+        schema = _C.schema(self._name)
+        if about.get("optimizer", self._name) != self._name:
+            raise ValueError(f"this state_dict is of {about['optimizer']}, not of {self._name}")
+        if about.get("format_version", 1) > schema["format_version"]:
+            raise ValueError(
+                f"this state_dict has format version {about['format_version']}; this build of torch_ext reads up to "
+                f"{schema['format_version']}: update torch_ext"
+            )
+        if "param_groups" not in state_dict or "state" not in state_dict:
+            raise ValueError("not an optimizer's state_dict: it has no 'param_groups' or no 'state'")
+        groups = state_dict["param_groups"]
+        if len(groups) != len(self.param_groups):
+            raise ValueError(
+                f"loaded state dict has {len(groups)} parameter groups, the optimizer {len(self.param_groups)}"
+            )
+        fields = {field["name"]: field for field in schema["state"]}
+        loaded = []
+        for number, (saved, group) in enumerate(zip(groups, self.param_groups, strict=True)):
+            if len(saved["params"]) != len(group["params"]):
+                raise ValueError(
+                    f"loaded state dict has {len(saved['params'])} parameters in group {number}, the optimizer "
+                    f"{len(group['params'])}"
+                )
+            options = self._checked({**group, **saved})
+            for index, param in zip(saved["params"], group["params"], strict=True):
+                if index not in state_dict["state"]:
+                    continue
+                state = {
+                    name: _adopt(value, param, fields.get(name)) for name, value in state_dict["state"][index].items()
+                }
+                self._check_state(param, options, {k: v for k, v in state.items() if isinstance(v, Tensor)})
+                loaded.append((param, state))
+        return loaded
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        state["_lost_process_group"] = self._process_group is not None or self._lost_process_group
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_process_group", None)
+        self.__dict__.setdefault("_lost_process_group", False)
+        self.defaults.pop("differentiable", None)
+        for field in _C.schema(self._name)["fields"]:
+            self.defaults.setdefault(field["name"], field["default"])
+            for group in self.param_groups:
+                group.setdefault(field["name"], field["default"])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
+        """Copies parameters and state; the process group, which cannot be copied, is shared."""
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        new._process_group, new._lost_process_group = self._process_group, self._lost_process_group
+        return new
+
+
+def _adopt(value: Any, param: Tensor, field: dict[str, Any] | None) -> Any:
+    """A loaded state value on the device and in the dtype of its field; a plain number becomes a float32 tensor."""
+    if field is None and not isinstance(value, Tensor):
+        return value
+    if not isinstance(value, Tensor):
+        return torch.tensor(float(value), dtype=torch.float32, device=param.device)
+    if field is None:
+        return value.to(device=param.device, copy=True)
+    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+    device = torch.device("cpu") if field["on_cpu"] else param.device
+    return value.detach().to(device=device, dtype=_DTYPES.get(field["dtype"], wide), copy=True)

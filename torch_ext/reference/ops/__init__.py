@@ -1,0 +1,6 @@
+"""Reference versions of ``torch_ext.ops``."""
+
+from torch_ext.reference.ops.philox4x32 import philox4x32
+from torch_ext.reference.ops.rademacher import rademacher, rademacher_
+
+__all__ = ["philox4x32", "rademacher", "rademacher_"]

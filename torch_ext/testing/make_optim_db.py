@@ -1,0 +1,184 @@
+"""Writes ``tests/optim_db.json``, the one table of optimizers that GoogleTest and pytest read.
+
+    python -m torch_ext.testing.make_optim_db           # computes every row from torch_ext.reference, writes the file
+    python -m torch_ext.testing.make_optim_db --check   # computes and compares with the file, writes nothing
+
+A row: ``driver`` says how the optimizer is driven (``graph_closure``: a closure that returns the loss and calls no
+backward); ``problem`` is a function of :mod:`torch_ext.testing.problems`; ``options_bad`` holds ``[options, word in
+the message]``; every variant has its ``options`` (``betas`` is a list: JSON has no tuples), the factor ``loss_sign``
+of the loss, the relative tolerance ``rtol`` (to the scale of the tensor; other instruction sets round matmul and tanh
+differently: 3e-14 seen, 1e-10 with finite differences) and a ``trajectory``: after the steps number ``iterations`` (0
+is the first) the value ``loss`` which that step returned, without ``loss_sign``, and all ``parameters``, row-major.
+Numbers are the shortest decimals that read back to the same float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_ext.reference.optim.adahessian import AdaHessianReference
+from torch_ext.testing import problems
+
+PATH = Path(__file__).resolve().parents[2] / "tests" / "optim_db.json"
+ITERATIONS, SAMPLE_EVERY = 1001, 100
+
+Step = Callable[[Callable[[], Tensor]], Tensor]
+
+
+def trajectory(
+    make_step: Callable[[list[Tensor]], Step], *, problem: str, loss_sign: int = 1, iterations: int = ITERATIONS
+) -> dict[str, Any]:
+    """Runs ``step = make_step(params)`` on a problem and samples it every 100 iterations."""
+    params, loss = getattr(problems, problem)()
+    step = make_step(list(params.values()))
+    out: dict[str, Any] = {"iterations": [], "loss": [], "parameters": {name: [] for name in params}}
+    for i in range(iterations):
+        value = float(step(lambda: loss() * loss_sign)) * loss_sign
+        if i % SAMPLE_EVERY == 0:
+            out["iterations"].append(i)
+            out["loss"].append(value)
+            for name, p in params.items():
+                out["parameters"][name].append(p.detach().reshape(-1).tolist())
+    return out
+
+
+ADAHESSIAN_VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "weight_decay": {"weight_decay": 0.01},
+    "maximize": {"maximize": True},
+    "hessian_power_0": {"hessian_power": 0.0, "lr": 0.5},
+    "hessian_power_0.5": {"hessian_power": 0.5},
+    "hessian_power_0.7": {"hessian_power": 0.7},
+    "n_samples_4": {"n_samples": 4},
+    "update_each_5": {"update_each": 5},
+    "row": {"linear_averaging": "row"},
+    "block": {"linear_averaging": "block", "block_size": 3},
+    "signed_mean_row": {"linear_averaging": "row", "averaging": "signed_mean"},
+    "no_conv_averaging": {"average_conv": False},
+    "max_update": {"max_update": 0.05},
+    "betas": {"betas": [0.8, 0.95]},
+    "seed": {"seed": 81985529216486895},
+    "finite_difference": {"hvp": "finite_difference"},
+    "together": {
+        "lr": 0.1,
+        "betas": [0.85, 0.99],
+        "eps": 1e-3,
+        "weight_decay": 0.005,
+        "hessian_power": 0.5,
+        "n_samples": 2,
+        "update_each": 3,
+        "linear_averaging": "row",
+        "averaging": "signed_mean",
+        "max_update": 0.5,
+        "seed": 7,
+    },
+}
+
+ADAHESSIAN_BAD: list[tuple[dict[str, Any], str]] = [
+    ({"lr": -1.0}, "lr"),
+    ({"eps": -1e-8}, "eps"),
+    ({"betas": [-0.1, 0.999]}, "betas"),
+    ({"betas": [1.0, 0.999]}, "betas"),
+    ({"betas": [0.9, -0.1]}, "betas"),
+    ({"betas": [0.9, 1.0]}, "betas"),
+    ({"weight_decay": -0.1}, "weight_decay"),
+    ({"hessian_power": -0.1}, "hessian_power"),
+    ({"hessian_power": 1.1}, "hessian_power"),
+    ({"n_samples": 0}, "n_samples"),
+    ({"update_each": 0}, "update_each"),
+    ({"linear_averaging": "column"}, "linear_averaging"),
+    ({"linear_averaging": "block"}, "block_size"),
+    ({"linear_averaging": "block", "block_size": -1}, "block_size"),
+    ({"linear_averaging": "block", "block_size": 5}, "block_size"),
+    ({"averaging": "mean"}, "averaging"),
+    ({"max_update": -1.0}, "max_update"),
+    ({"hvp": "forward"}, "hvp"),
+]
+
+
+def adahessian(names: Sequence[str] | None = None, iterations: int = ITERATIONS) -> dict[str, Any]:
+    """The row of AdaHessian."""
+    variants = []
+    for name, options in ADAHESSIAN_VARIANTS.items():
+        if names is not None and name not in names:
+            continue
+        sign = -1 if options.get("maximize") else 1  # maximising -f must follow the very trajectory of minimising f
+
+        def make_step(params: list[Tensor], options: dict[str, Any] = options) -> Step:
+            return AdaHessianReference(params, **options).step_closure
+
+        path = trajectory(make_step, problem="tanh_layer", loss_sign=sign, iterations=iterations)
+        rtol = 1e-7 if options.get("hvp") == "finite_difference" else 1e-9
+        variants.append({"name": name, "options": options, "loss_sign": sign, "rtol": rtol, "trajectory": path})
+    return {
+        "driver": "graph_closure",
+        "problem": "tanh_layer",
+        "options_bad": [list(pair) for pair in ADAHESSIAN_BAD],
+        "variants": variants,
+    }
+
+
+ROWS: dict[str, Callable[..., dict[str, Any]]] = {"AdaHessian": adahessian}
+
+
+def dumps(value: Any, indent: int = 0) -> str:
+    """JSON with one line for every list or dict that is short or has none inside."""
+    line = json.dumps(value, allow_nan=False)
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if len(line) <= 100 or not any(isinstance(c, (dict, list)) and c for c in children):
+        return line
+    pad, end = "\n" + " " * (indent + 1), "\n" + " " * indent
+    if isinstance(value, dict):
+        body = [f"{json.dumps(k)}: {dumps(v, indent + 1)}" for k, v in value.items()]
+        return "{" + pad + ("," + pad).join(body) + end + "}"
+    return "[" + pad + ("," + pad).join(dumps(v, indent + 1) for v in value) + end + "]"
+
+
+def difference(expected: dict[str, Any], actual: dict[str, Any]) -> float:
+    """The largest difference between two trajectories over their common samples, relative to the tensor's scale."""
+    n = min(len(expected["iterations"]), len(actual["iterations"]))
+    pairs = [(expected["loss"][i], actual["loss"][i]) for i in range(n)]
+    pairs += [
+        (expected["parameters"][k][i], actual["parameters"][k][i]) for k in expected["parameters"] for i in range(n)
+    ]
+    worst = 0.0
+    for a, b in pairs:
+        x, y = torch.tensor(a, dtype=torch.float64), torch.tensor(b, dtype=torch.float64)
+        worst = max(worst, float((x - y).abs().max() / x.abs().max()))
+    return worst
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Writes or checks tests/optim_db.json.")
+    parser.add_argument("--check", action="store_true", help="compare with the file instead of writing it")
+    check = parser.parse_args().check
+    torch.set_num_threads(1)
+    table = json.loads(PATH.read_text()) if PATH.exists() else {}
+    bad = 0
+    for optimizer, make in ROWS.items():
+        row = make()
+        if not check:
+            table[optimizer] = row
+            continue
+        for new in row["variants"]:
+            old = next((v for v in table[optimizer]["variants"] if v["name"] == new["name"]), None)
+            error = float("nan") if old is None else difference(old["trajectory"], new["trajectory"])
+            ok = old is not None and old["options"] == new["options"] and error <= new["rtol"]
+            bad += not ok
+            print(f"{optimizer} {new['name']}: {'ok' if ok else 'DIFFERS'} ({error:.1e})")
+    if not check:
+        PATH.write_text(dumps(table) + "\n")
+        print(f"wrote {PATH}")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
