@@ -52,8 +52,9 @@ def adahessian_derivatives(
     curvature_closure: Callable[[], Any] | None,
     hessian: Sequence[Tensor | None] | None,
     scaler_unscaled: bool,
+    probes: Sequence[Tensor],
     /,
-) -> tuple[list[Tensor | None], list[Tensor]]: ...
+) -> tuple[list[Tensor | None], list[Tensor], list[Tensor]]: ...
 def adahessian_accumulate(
     grads: Sequence[Tensor | None],
     curvature: Sequence[Tensor],

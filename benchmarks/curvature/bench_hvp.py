@@ -1,6 +1,6 @@
 """Hessian-vector products: both modes against the gradient alone and against torch's own double backward.
 
-    PYTHONPATH=. python benchmarks/curvature/bench_hvp.py [--json FILE] [--rounds 15]
+PYTHONPATH=. python benchmarks/curvature/bench_hvp.py [--json FILE] [--rounds 15]
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-// Rademacher probes: Philox into a tensor that stands ready, against storing a constant and against torch's randint * 2 - 1.
+// Rademacher probes: Philox into a tensor that stands ready, against storing a constant and against torch's randint * 2
+// - 1.
 #include <ATen/Parallel.h>
 #include <torch/torch.h>
 #include <torch_ext/ops/rademacher.h>

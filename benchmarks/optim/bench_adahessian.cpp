@@ -1,10 +1,11 @@
-// The fused AdaHessian update against the machine's limit, torch's fused AdamW and the same algorithm composed of LibTorch
-// ops. One thread. Bytes are counted from the algorithm: 32 an element on a refresh step, 24 between, 28 for AdamW.
+// The fused AdaHessian update against the machine's limit, torch's fused AdamW and the same algorithm composed of
+// LibTorch ops. One thread. Bytes are counted from the algorithm: 32 an element on a refresh step, 24 between, 28 for
+// AdamW.
 #include <ATen/Parallel.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <torch/torch.h>
-#include <torch_ext/optim/adahessian.h>
 #include <torch_ext/ops/rademacher.h>
+#include <torch_ext/optim/adahessian.h>
 
 #include <cmath>
 #include <numeric>
@@ -53,9 +54,9 @@ struct FusedUpdate {
     const torch::NoGradGuard no_grad;
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("torch_ext::adahessian_step_", "");
     torch::jit::Stack stack;
-    torch::jit::push(stack, params, grads, refresh ? curvature : std::vector<at::Tensor>{}, exp_avg, second, steps, bias,
-                     nonfinite, c10::IValue(), 0.15, 0.9, 0.999, 1e-4, 0.0, 1.0, c10::IValue(), "none", int64_t{0}, true,
-                     "abs_mean", int64_t{1}, refresh, false, 1.0, false, false);
+    torch::jit::push(stack, params, grads, refresh ? curvature : std::vector<at::Tensor>{}, exp_avg, second, steps,
+                     bias, nonfinite, c10::IValue(), 0.15, 0.9, 0.999, 1e-4, 0.0, 1.0, c10::IValue(), "none",
+                     int64_t{0}, true, "abs_mean", int64_t{1}, refresh, false, 1.0, false, false);
     op.callBoxed(stack);
   }
 };
@@ -76,8 +77,8 @@ struct FusedAdamW {
   }
 };
 
-// The algorithm as one writes it with LibTorch ops, one tensor at a time, in place where that saves a pass. With probes it
-// starts from Hz and draws z as the peers do; without, the Hessian diagonal is given.
+// The algorithm as one writes it with LibTorch ops, one tensor at a time, in place where that saves a pass. With probes
+// it starts from Hz and draws z as the peers do; without, the Hessian diagonal is given.
 struct Composed {
   std::vector<at::Tensor> params, hz, exp_avg, second;
   int64_t t = 0;
@@ -111,7 +112,8 @@ void fused_update(benchmark::State& state) {
   const Problem problem(1, n);
   FusedUpdate update(problem);
   FusedAdamW adamw(problem);
-  auto p = torch::randn({n}), m = torch::randn({n}), v = torch::randn({n}), g = torch::randn({n}), h = torch::randn({n});
+  auto p = torch::randn({n}), m = torch::randn({n}), v = torch::randn({n}), g = torch::randn({n}),
+       h = torch::randn({n});
   const auto f = [](const at::Tensor& t) { return t.data_ptr<float>(); };
   const auto bytes = static_cast<double>(n);
   report_pairs(state, {{"probe(p,m,v,g,h)", 32 * bytes,
@@ -144,22 +146,28 @@ void cpp_step(benchmark::State& state) {
   std::vector<int64_t> ordinals(problem.params.size());
   std::iota(ordinals.begin(), ordinals.end(), 0);
   const auto probes = torch_ext::ops::rademacher_probe(problem.params, ordinals, 0, 0, 0);
-  report_pairs(state, {{"AdaHessian.step", 0, [&] { optimizer.step(problem.inputs); }},
-                       {"composed LibTorch", 0, [&] { composed(false); }},
-                       {"step with probes", 0,
-                        [&] {
-                          torch_ext::ops::rademacher_refill_(probes, ordinals, 0, 0, 0);
-                          optimizer.step(problem.inputs);
-                        }},
-                       {"composed LibTorch with probes", 0, [&] { composed(true); }},
-                       {"fused op alone", 0, [&] { update(true); }},
-                       {"AdamW fused op", 0, [&] { adamw(); }}},
+  report_pairs(state,
+               {{"AdaHessian.step", 0, [&] { optimizer.step(problem.inputs); }},
+                {"composed LibTorch", 0, [&] { composed(false); }},
+                {"step with probes", 0,
+                 [&] {
+                   torch_ext::ops::rademacher_refill_(probes, ordinals, 0, 0, 0);
+                   optimizer.step(problem.inputs);
+                 }},
+                {"composed LibTorch with probes", 0, [&] { composed(true); }},
+                {"fused op alone", 0, [&] { update(true); }},
+                {"AdamW fused op", 0, [&] { adamw(); }}},
                21, state.range(1) < 100000 ? 20 : 1);
 }
 
 BENCHMARK(fused_update)->Arg(10000000)->Arg(20000000)->Iterations(1)->Unit(benchmark::kMillisecond);
 BENCHMARK(lazy_update)->Arg(10000000)->Iterations(1)->Unit(benchmark::kMillisecond);
-BENCHMARK(cpp_step)->Args({200, 1000})->Args({1, 1000000})->Args({1, 10000000})->Iterations(1)->Unit(benchmark::kMillisecond);
+BENCHMARK(cpp_step)
+    ->Args({200, 1000})
+    ->Args({1, 1000000})
+    ->Args({1, 10000000})
+    ->Iterations(1)
+    ->Unit(benchmark::kMillisecond);
 
 }  // namespace
 

@@ -1,6 +1,6 @@
 """The fused AdaHessian update on a GPU against a device-to-device copy and fused AdamW, per byte.
 
-    PYTHONPATH=. python benchmarks/optim/bench_adahessian_cuda.py [--json FILE] [--rounds 15]
+PYTHONPATH=. python benchmarks/optim/bench_adahessian_cuda.py [--json FILE] [--rounds 15]
 """
 
 from __future__ import annotations

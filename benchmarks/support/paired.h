@@ -1,5 +1,5 @@
-// Interleaved pairs on a noisy machine: every round runs each side once, in rotating order; what is reported is the median over
-// rounds of the per-round ratio, next to the ratio of a side to itself, which says how far to trust it.
+// Interleaved pairs on a noisy machine: every round runs each side once, in rotating order; what is reported is the
+// median over rounds of the per-round ratio, next to the ratio of a side to itself, which says how far to trust it.
 #pragma once
 
 #include <benchmark/benchmark.h>

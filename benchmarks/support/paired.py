@@ -16,7 +16,7 @@ Side = tuple[Callable[[], object], int]  # what to run, and how many iterations 
 def rounds(sides: dict[str, Side], count: int = 15) -> dict[str, list[float]]:
     """Seconds per iteration of every side in every round; the order rotates from round to round.
 
-    The first side runs twice a round, the second time as ``self``, so that ``self`` / first says how far to trust a ratio.
+    The first side runs twice a round, the second time as ``self``: ``self`` / first says how far to trust a ratio.
     """
     first = next(iter(sides))
     everything = {**sides, "self": sides[first]}
@@ -48,4 +48,6 @@ def machine() -> str:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    return f"{model}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, Python {platform.python_version()}"
+    return (
+        f"{model}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, Python {platform.python_version()}"
+    )

@@ -1,4 +1,5 @@
-// The machine's limit for a fused update: a bare read-modify-write loop over as many streams, with next to no arithmetic.
+// The machine's limit for a fused update: a bare read-modify-write loop over as many streams, with next to no
+// arithmetic.
 #pragma once
 
 #include <cstdint>

@@ -16,6 +16,17 @@ std::string describe(const char* what, size_t index, const at::Tensor& tensor) {
   return text.str();
 }
 
+namespace {
+
+void refuse_expanded(const at::Tensor& tensor, const char* what, size_t index) {
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    TORCH_CHECK(tensor.stride(d) != 0 || tensor.size(d) <= 1, describe(what, index, tensor),
+                " is expanded: several of its elements share one memory location; use .contiguous()");
+  }
+}
+
+}  // namespace
+
 DType dtype_of(const at::Tensor& tensor, const std::string& what) {
   switch (tensor.scalar_type()) {
     case at::kFloat:
@@ -40,14 +51,17 @@ void check_gradient(const char* optimizer, size_t ordinal, const at::Tensor& par
               "; use torch.view_as_real on it");
   TORCH_CHECK(grad.layout() == at::kStrided && param.layout() == at::kStrided, optimizer,
               " does not support sparse gradients: ", name(), "; construct the embedding with sparse=False");
-  TORCH_CHECK_TYPE(at::isFloatingType(param.scalar_type()), optimizer, " needs floating-point parameters: ", name(),
-                   " has dtype ", param.scalar_type());
-  TORCH_CHECK_TYPE(grad.scalar_type() == param.scalar_type() || grad.scalar_type() == arithmetic_type(param.scalar_type()),
-                   optimizer, ": gradient of ", name(), " has dtype ", grad.scalar_type(), ", the parameter ",
-                   param.scalar_type());
+  const at::ScalarType dtype = param.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kFloat || dtype == at::kDouble || dtype == at::kBFloat16 || dtype == at::kHalf,
+                   optimizer, " needs float32, float64, bfloat16 or float16 parameters: ", name(), " has dtype ",
+                   dtype);
+  TORCH_CHECK_TYPE(
+      grad.scalar_type() == param.scalar_type() || grad.scalar_type() == arithmetic_type(param.scalar_type()),
+      optimizer, ": gradient of ", name(), " has dtype ", grad.scalar_type(), ", the parameter ", param.scalar_type());
   TORCH_CHECK_VALUE(grad.sizes() == param.sizes(), optimizer, ": gradient of ", name(), " has shape ", grad.sizes());
   TORCH_CHECK_VALUE(grad.device() == param.device(), optimizer, ": gradient of ", name(), " is on ", grad.device(),
                     ", the parameter on ", param.device());
+  refuse_expanded(param, "parameter", ordinal);  // here too, before any parameter is changed
 }
 
 void check_same_length(const char* op, const char* what, size_t expected, size_t got) {
@@ -66,10 +80,7 @@ void Staged::finish() const {
 
 std::vector<int64_t> walking_strides(const at::Tensor& lead, bool any_order, const char* what, size_t index) {
   if (any_order && lead.is_non_overlapping_and_dense()) return lead.strides().vec();
-  for (int64_t d = 0; d < lead.dim(); ++d) {
-    TORCH_CHECK(lead.stride(d) != 0 || lead.size(d) <= 1, describe(what, index, lead),
-                " is expanded: several of its elements share one memory location; use .contiguous()");
-  }
+  refuse_expanded(lead, what, index);
   std::vector<int64_t> strides(static_cast<size_t>(lead.dim()));
   int64_t next = 1;
   for (int64_t d = lead.dim() - 1; d >= 0; --d) {

@@ -37,8 +37,8 @@ class Staged {
   at::Tensor original_, staged_;
 };
 
-// Strides in which a list of equal-shaped tensors is walked: those of `lead` if it is non-overlapping and dense (storage
-// order) and `any_order` holds, else the contiguous ones. Refuses an expanded (self-overlapping) lead.
+// Strides in which a list of equal-shaped tensors is walked: those of `lead` if it is non-overlapping and dense
+// (storage order) and `any_order` holds, else the contiguous ones. Refuses an expanded (self-overlapping) lead.
 std::vector<int64_t> walking_strides(const at::Tensor& lead, bool any_order, const char* what, size_t index = 0);
 
 // Indices grouped by (device, dtype of `by`), in order of first appearance.

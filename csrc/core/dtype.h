@@ -1,4 +1,5 @@
-// Storage types and their arithmetic type. No torch include: c10's types are layout-compatible and cast at the op layer.
+// Storage types and their arithmetic type. No torch include: c10's types are layout-compatible and cast at the op
+// layer.
 #pragma once
 
 #include <cstdint>

@@ -74,10 +74,11 @@ void accumulate_impl(at::TensorList sums, at::TensorList x, at::TensorList signs
   check_same_length("accumulate_", "x", sums.size(), x.size());
   if (!signs.empty()) check_same_length("accumulate_", "signs", sums.size(), signs.size());
   for (size_t i = 0; i < sums.size(); ++i) {
-    TORCH_CHECK_TYPE(sums[i].scalar_type() == arithmetic_type(x[i].scalar_type()), "accumulate_: ",
-                     describe("sum", i, sums[i]), " has dtype ", sums[i].scalar_type(), ", x has ", x[i].scalar_type());
-    TORCH_CHECK_VALUE(sums[i].sizes() == x[i].sizes() && sums[i].device() == x[i].device(), "accumulate_: ",
-                      describe("sum", i, sums[i]), " and x differ in shape or device");
+    TORCH_CHECK_TYPE(sums[i].scalar_type() == arithmetic_type(x[i].scalar_type()),
+                     "accumulate_: ", describe("sum", i, sums[i]), " has dtype ", sums[i].scalar_type(), ", x has ",
+                     x[i].scalar_type());
+    TORCH_CHECK_VALUE(sums[i].sizes() == x[i].sizes() && sums[i].device() == x[i].device(),
+                      "accumulate_: ", describe("sum", i, sums[i]), " and x differ in shape or device");
   }
   for (const auto& bucket : buckets(x)) {
     const at::Tensor& first = x[bucket[0]];
@@ -116,7 +117,7 @@ void accumulate_meta(at::TensorList, at::TensorList, at::TensorList, double) {}
 }  // namespace
 
 at::Tensor count_nonfinite_(at::TensorList tensors, const std::optional<at::Tensor>& found_inf,
-                             const at::Tensor& skipped) {
+                            const at::Tensor& skipped) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("torch_ext::count_nonfinite_", "")
                              .typed<decltype(count_nonfinite_)>();
@@ -146,6 +147,10 @@ TORCH_LIBRARY_IMPL(torch_ext, CUDA, m) {
 TORCH_LIBRARY_IMPL(torch_ext, Meta, m) {
   m.impl("count_nonfinite_", count_nonfinite_meta);
   m.impl("accumulate_", accumulate_meta);
+}
+TORCH_LIBRARY_IMPL(torch_ext, Autograd, m) {
+  m.impl("count_nonfinite_", not_differentiable());
+  m.impl("accumulate_", not_differentiable());
 }
 TORCH_LIBRARY_IMPL(torch_ext, ADInplaceOrView, m) {
   m.impl("count_nonfinite_", mutating());

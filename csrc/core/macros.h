@@ -12,7 +12,8 @@
 #endif
 
 // TX_CLONES compiles a hot loop for several instruction sets and picks one at load time. Contraction is off for all of
-// them, so the bits do not depend on the choice. Sanitizers and debuggers cope with the resolver; musl and macOS do not.
+// them, so the bits do not depend on the choice. Sanitizers and debuggers cope with the resolver; musl and macOS do
+// not.
 #if !defined(__CUDACC__) && defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && \
     !defined(__clang__) && !defined(TORCH_EXT_NO_CLONES)
 #define TX_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

@@ -39,7 +39,9 @@ TX_HD double power(double x, double y) {
   if (t > 1023.99) return HUGE_VAL;
   if (t < -1021.0) return 0;
   const double whole = floor(t + 0.5);
-  const double r = (y * exponent - whole) * 0.6931471805599453 + y * log_m;
+  const double split = y * 134217729.0;  // y = high + low of 26 bits each: their products with the exponent are exact
+  const double high = split - (split - y), low = y - high;
+  const double r = ((high * exponent - whole) + low * exponent) * 0.6931471805599453 + y * log_m;
   double e = 1;
   for (int k = 14; k >= 1; --k) e = 1 + e * r / k;
   const int64_t scale_bits = (static_cast<int64_t>(whole) + 1023) << 52;

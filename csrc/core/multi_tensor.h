@@ -22,8 +22,8 @@ struct Split {
   }
 };
 
-// Kernel argument: descriptors of some tensors and, per thread block, which chunk of which tensor it works on. CUDA 12.1
-// and later take 32 KB of arguments; half of it keeps one launch for about 200 typical tensors.
+// Kernel argument: descriptors of some tensors and, per thread block, which chunk of which tensor it works on.
+// CUDA 12.1 and later take 32 KB of arguments; half of it keeps one launch for about 200 typical tensors.
 template <typename Descriptor, int kMaxTensors, int kMaxBlocks>
 struct ChunkTable {
   Descriptor tensor[kMaxTensors];

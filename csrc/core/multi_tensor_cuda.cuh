@@ -18,7 +18,8 @@ inline void check_launch(const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Body is a trivially copyable functor: body(descriptor, first element, last element), called by all threads of a block.
+// Body is a trivially copyable functor: body(descriptor, first element, last element), called by all threads of a
+// block.
 template <typename Table, typename Body>
 __global__ void __launch_bounds__(kThreads) run_chunks(const __grid_constant__ Table table, const Body body) {
   const auto& tensor = table.tensor[table.owner[blockIdx.x]];

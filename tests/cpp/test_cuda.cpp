@@ -46,17 +46,19 @@ struct Setting {
 };
 
 std::vector<Setting> settings() {
-  return {{"none", AdaHessianOptions(0.1).average_conv(false)},
-          {"row and convolution", AdaHessianOptions(0.1).linear_averaging("row").weight_decay(0.01)},
-          {"block, signed mean", AdaHessianOptions(0.1).linear_averaging("block").block_size(20).averaging("signed_mean")},
-          {"power 0.5", AdaHessianOptions(0.1).hessian_power(0.5)},
-          {"power 0.7, lazy", AdaHessianOptions(0.1).hessian_power(0.7).update_each(3).max_update(0.3)},
-          {"power 0, ascent", AdaHessianOptions(0.01).hessian_power(0).maximize(true)}};
+  return {
+      {"none", AdaHessianOptions(0.1).average_conv(false)},
+      {"row and convolution", AdaHessianOptions(0.1).linear_averaging("row").weight_decay(0.01)},
+      {"block, signed mean", AdaHessianOptions(0.1).linear_averaging("block").block_size(20).averaging("signed_mean")},
+      {"power 0.5", AdaHessianOptions(0.1).hessian_power(0.5)},
+      {"power 0.7, lazy", AdaHessianOptions(0.1).hessian_power(0.7).update_each(3).max_update(0.3)},
+      {"power 0, ascent", AdaHessianOptions(0.01).hessian_power(0).maximize(true)}};
 }
 
 const std::vector<std::vector<int64_t>>& shapes() {
   static const std::vector<std::vector<int64_t>> all{
-      {}, {0}, {1}, {7}, {33}, {1000}, {200000}, {3, 20}, {300, 1060}, {2, 70000}, {8, 4, 3, 3}, {5, 3, 40}, {2, 3, 4, 5, 6}};
+      {},      {0},         {1},        {7},          {33},       {1000},         {200000},
+      {3, 20}, {300, 1060}, {2, 70000}, {8, 4, 3, 3}, {5, 3, 40}, {2, 3, 4, 5, 6}};
   return all;
 }
 
@@ -128,8 +130,9 @@ TEST(AdaHessianCuda, DevicesMayBeMixed) {
 TEST(AdaHessianCuda, LayoutsGiveTheContiguousResult) {
   TORCH_EXT_NEED_GPU();
   const Problem plain = on_gpu(quartic({{40, 60}, {8, 6, 3, 3}}, at::kFloat));
-  const Problem other = plain.with({plain.params[0].detach().t().contiguous().t().requires_grad_(),
-                                    plain.params[1].detach().contiguous(at::MemoryFormat::ChannelsLast).clone().requires_grad_()});
+  const Problem other =
+      plain.with({plain.params[0].detach().t().contiguous().t().requires_grad_(),
+                  plain.params[1].detach().contiguous(at::MemoryFormat::ChannelsLast).clone().requires_grad_()});
   AdaHessian a(plain.params), b(other.params);
   for (int i = 0; i < 3; ++i) {
     a.step(plain.closure());
@@ -145,7 +148,9 @@ TEST(AdaHessianCuda, NonfiniteStepChangesNothing) {
   optimizer.step(p.closure());
   const auto before = clones(p.params);
   const at::Tensor second =
-      static_cast<const optim::ParamState&>(*optimizer.state().at(p.params[0].unsafeGetTensorImpl())).at("exp_avg").clone();
+      static_cast<const optim::ParamState&>(*optimizer.state().at(p.params[0].unsafeGetTensorImpl()))
+          .at("exp_avg")
+          .clone();
   for (const double bad : {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {
     optimizer.step([&] { return p.loss(p.params) + (p.params[1] * bad).sum(); });
   }
@@ -172,7 +177,8 @@ TEST(AdaHessianCuda, StateDictRoundTripsBetweenDevices) {
   std::stringstream archive;
   torch::save(b, archive);
 
-  const Problem back = gpu.with({gpu.params[0].detach().cpu().requires_grad_(), gpu.params[1].detach().cpu().requires_grad_()});
+  const Problem back =
+      gpu.with({gpu.params[0].detach().cpu().requires_grad_(), gpu.params[1].detach().cpu().requires_grad_()});
   AdaHessian on_cpu(back.params);
   on_cpu.load_state_dict(file.path());
   EXPECT_TRUE(same_value(on_cpu.state_dict(), a.state_dict()));
@@ -229,7 +235,8 @@ TEST(OpsCuda, Rademacher) {
 TEST(OpsCuda, Philox) {
   TORCH_EXT_NEED_GPU();
   torch::manual_seed(0);
-  const at::Tensor counter = torch::randint(int64_t{1} << 32, {1000, 4}), key = torch::randint(int64_t{1} << 32, {1000, 2});
+  const at::Tensor counter = torch::randint(int64_t{1} << 32, {1000, 4}),
+                   key = torch::randint(int64_t{1} << 32, {1000, 2});
   EXPECT_TRUE(equal_bits(ops::philox4x32(counter.to(at::kCUDA), key.to(at::kCUDA)), ops::philox4x32(counter, key)));
 }
 
@@ -260,7 +267,8 @@ TEST(OpsCuda, CountNonfinite) {
   TORCH_EXT_NEED_GPU();
   for (const auto dtype : dtypes()) {
     std::vector<at::Tensor> tensors;
-    for (const int64_t size : {0, 5, 200000}) tensors.push_back(torch::ones({size}, at::TensorOptions(at::kCUDA).dtype(dtype)));
+    for (const int64_t size : {0, 5, 200000})
+      tensors.push_back(torch::ones({size}, at::TensorOptions(at::kCUDA).dtype(dtype)));
     const at::Tensor skipped = torch::zeros({}, at::TensorOptions(at::kCUDA).dtype(at::kLong));
     EXPECT_EQ(core::count_nonfinite_(tensors, std::nullopt, skipped).item<float>(), 0);
     for (const double bad : {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {

@@ -5,11 +5,13 @@ How each kind of block of the README is checked:
 - ``python``: all blocks in their order, in one namespace and one empty folder, as by a reader who types along.
 - ``cpp`` with ``cmake``: ``main.cpp`` and ``CMakeLists.txt`` of a project outside the tree, built with the README's own
   cmake commands against ``cmake --install`` of the build folder (only ``$(python -c ...)``, which needs an installed
-  package, is replaced by that prefix), then run in the folder that the Python blocks have filled. Skipped without a build.
-- ``bash``: nothing is downloaded or rebuilt here. ``make TARGET`` must be a target of the Makefile and of .ci/tasks, and
-  one that .ci/run runs (bench and gpu-check excepted: CI has no quiet machine and no GPU). For ``pip install`` every variable
-  must be one that setup.py reads, every option one that pip knows, and every package one that pyproject.toml or .ci/run
-  names; the installations themselves are .ci/run's stages wheel and torch-2.15. ``cmake`` is run, see above.
+  package, is replaced by that prefix), then run in the folder that the Python blocks have filled. Skipped without a
+  build.
+- ``bash``: nothing is downloaded or rebuilt here. ``make TARGET`` must be a target of the Makefile and of .ci/tasks,
+  and one that .ci/run runs (bench and gpu-check excepted: CI has no quiet machine and no GPU). For ``pip install``
+  every variable must be one that setup.py reads, every option one that pip knows, and every package one that
+  pyproject.toml or .ci/run names; the installations themselves are .ci/run's stages wheel and torch-2.15. ``cmake`` is
+  run, see above.
 """
 
 from __future__ import annotations

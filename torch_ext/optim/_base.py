@@ -54,6 +54,8 @@ class Optimizer(torch.optim.Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         params = param_group["params"]
+        if isinstance(params, set):
+            raise TypeError("optimizer parameters need to be organized in ordered collections: use a list, not a set")
         params = [params] if isinstance(params, Tensor) else list(params)
         first = self.param_groups[0] if self.param_groups else self.defaults
         shared = {f["name"]: first[f["name"]] for f in _C.schema(self._name)["fields"] if f["global"]}
@@ -64,6 +66,9 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(
                     f"{self._name}: option {name} is the same for all parameters and cannot differ in a group"
                 )
+        for number, param in enumerate(p[1] if isinstance(p, tuple) else p for p in params):
+            if type(param).__module__.startswith("torch.distributed.tensor"):
+                raise TypeError(f"{self._name} does not support DTensor parameters: parameter {number} of the group")
         ids = [id(p[1] if isinstance(p, tuple) else p) for p in params]
         if len(set(ids)) != len(ids):
             raise ValueError("some parameters appear more than once in a parameter group")
@@ -149,6 +154,9 @@ class Optimizer(torch.optim.Optimizer):
             if changed is not None:
                 state_dict = changed
         loaded = self._loadable(state_dict)
+        own = [{k: v for k, v in group.items() if k in self.defaults} for group in self.param_groups]
+        groups = [{**mine, **saved} for mine, saved in zip(own, state_dict["param_groups"], strict=True)]
+        state_dict = {**state_dict, "param_groups": groups}  # an option that an older version did not know stays ours
         try:  # the base runs both kinds of hooks; ours frame the restored dtypes as well
             self._optimizer_load_state_dict_pre_hooks = OrderedDict()
             self._optimizer_load_state_dict_post_hooks = OrderedDict()

@@ -60,8 +60,8 @@ class AdaHessian(Optimizer):
             DistributedDataParallel) on every rank. None: not distributed.
 
     State of a parameter: ``step`` (float32), ``exp_avg``, ``exp_hessian_diag_sq`` (one element per block),
-    ``bias_products`` (float64 [2]). Memory: 4 + 4 / block bytes per parameter element (8 + 8 / block in float64), and the
-    probes of the last refresh in the parameter's dtype.
+    ``bias_products`` (float64 [2]). Memory: 4 + 4 / block bytes per parameter element (8 + 8 / block in float64), and
+    the probes of the last refresh in the parameter's dtype.
 
     A parameter that has never seen a refresh (it joined between two) waits for the next. If any gradient or curvature
     is infinite or NaN the step changes nothing and :attr:`skipped_steps` grows. Gradient clipping changes g, not D.
@@ -163,22 +163,25 @@ class AdaHessian(Optimizer):
         """
         refresh = hessian is not None or self._due()
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        found_inf: Any = getattr(self, "found_inf", None)
         if grad_scale is not None and loss_scale is not None:
             raise ValueError("loss_scale: the GradScaler passes its scale itself unless unscale_() was called")
         unscaled = found_inf is not None and grad_scale is None
+        if not isinstance(found_inf, Tensor):  # GradScaler sums over no gradients to the int 0
+            found_inf = None
         arguments = self._differentiated(refresh=refresh)
-        returned: Any = None
+        returned: list[Any] = []
         if self._sums is not None:
-            if closure is not None:
+            if closure is not None or curvature_closure is not None or hessian is not None:
                 raise RuntimeError("AdaHessian: accumulate() was called: step() takes its sums and no closure")
             (grads, curvature), self._sums = self._sums, None
         else:
 
-            def main() -> Any:
-                nonlocal returned
-                returned = closure() if closure is not None else None
-                return returned
+            def main() -> Any:  # finite differences call it again, at shifted parameters
+                value = closure() if closure is not None else None
+                if not returned:
+                    returned.append(value.detach() if isinstance(value, Tensor) else value)
+                return value
 
             needs_scale = unscaled and loss_scale is None
             grads, curvature, self._probes = _C.adahessian_derivatives(
@@ -195,7 +198,7 @@ class AdaHessian(Optimizer):
             grads_unscaled=unscaled,
             external_curvature=hessian is not None,
         )
-        return returned.detach() if isinstance(returned, Tensor) else returned
+        return returned[0] if returned else None
 
     def accumulate(self, loss: Tensor, weight: float = 1.0) -> None:
         """Adds ``weight`` times gradient and curvature of one micro-batch; the next :meth:`step` takes the sums.

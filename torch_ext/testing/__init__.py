@@ -109,7 +109,15 @@ def cases() -> list[Case]:
 def bits(value: Any) -> Any:
     """A value that is equal to another's exactly if they have the same bits, types and structure."""
     if isinstance(value, Tensor):
-        content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        content = (
+            value.detach()
+            .cpu()
+            .clone(memory_format=torch.contiguous_format)
+            .reshape(-1)
+            .view(torch.uint8)
+            .numpy()
+            .tobytes()
+        )
         return str(value.dtype), tuple(value.shape), content
     if isinstance(value, dict):
         return {key: bits(entry) for key, entry in value.items()}

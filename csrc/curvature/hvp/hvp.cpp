@@ -4,10 +4,14 @@
 #include <ATen/Context.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/functions/basic_ops.h>
 #include <torch_ext/curvature/hvp.h>
 
 #include <algorithm>
+#include <unordered_set>
 #include <utility>
+
+#include "core/check.h"
 
 namespace torch_ext::curvature {
 namespace {
@@ -32,13 +36,15 @@ class Replay {
  public:
   explicit Replay(at::TensorList params) : params_(params.vec()) {
     std::vector<at::Device> devices{at::Device(at::kCPU)};
-    for (const at::Tensor& param : params_) {
+    for (size_t i = 0; i < params_.size(); ++i) {
+      const at::Tensor& param = params_[i];
+      core::walking_strides(param, /*any_order=*/true, "parameter", i);  // refuses an expanded one
       originals_.push_back(param.detach().clone());
       if (std::find(devices.begin(), devices.end(), param.device()) == devices.end()) devices.push_back(param.device());
     }
     for (const at::Device& device : devices) {
-      at::Generator generator = device.is_cpu() ? at::detail::getDefaultCPUGenerator()
-                                                : at::globalContext().defaultGenerator(device);
+      at::Generator generator =
+          device.is_cpu() ? at::detail::getDefaultCPUGenerator() : at::globalContext().defaultGenerator(device);
       states_.push_back(generator.get_state());
       generators_.push_back(std::move(generator));
     }
@@ -67,6 +73,37 @@ class Replay {
   std::vector<at::Generator> generators_;
 };
 
+// The graph of a function that refuses a second derivative (once_differentiable) ends in a node that raises. As that
+// node leads to no parameter the engine would leave it out, and the curvature behind it would silently be zero.
+void refuse_dead_ends(const std::vector<at::Tensor>& outputs) {
+  std::unordered_set<const torch::autograd::Node*> seen;
+  std::vector<const torch::autograd::Node*> waiting;
+  const auto visit = [&](const torch::autograd::Node* node) {
+    if (node != nullptr && seen.insert(node).second) waiting.push_back(node);
+  };
+  for (const at::Tensor& output : outputs) visit(output.grad_fn().get());
+  while (!waiting.empty()) {
+    const torch::autograd::Node* node = waiting.back();
+    waiting.pop_back();
+    const auto* error = dynamic_cast<const torch::autograd::Error*>(node);
+    const bool keeps_its_edges = dynamic_cast<const torch::autograd::NotImplemented*>(node) != nullptr;
+    TORCH_CHECK(error == nullptr || keeps_its_edges, error->msg);
+    for (const auto& edge : node->next_edges()) visit(edge.function.get());
+  }
+}
+
+// The same bits for every number of threads and every memory layout: rows are summed whole, in row-major order.
+at::Tensor sum_of_squares(const at::Tensor& tensor) {
+  constexpr int64_t kRow = 1024;
+  at::Tensor rest = tensor.detach().to(at::kDouble).square().contiguous().view({-1});
+  while (rest.numel() > kRow) {
+    const int64_t whole = rest.numel() / kRow * kRow;
+    const at::Tensor tail = rest.narrow(0, whole, rest.numel() - whole);
+    rest = at::cat({rest.narrow(0, 0, whole).view({-1, kRow}).sum(1), tail.sum().view({1})});
+  }
+  return rest.sum();
+}
+
 // rho max(|p|_2 / sqrt(d), 1e-3) as a 0-dim float64 tensor on the first parameter's device.
 at::Tensor difference_step(at::TensorList params) {
   const at::NoGradGuard no_grad;
@@ -74,7 +111,7 @@ at::Tensor difference_step(at::TensorList params) {
   int64_t count = 0;
   bool all_double = true;
   for (const at::Tensor& param : params) {
-    squares += param.detach().to(at::kDouble).square().sum().to(squares.device());
+    squares += sum_of_squares(param).to(squares.device());
     count += param.numel();
     all_double = all_double && param.scalar_type() == at::kDouble;
   }
@@ -106,15 +143,19 @@ std::vector<at::Tensor> hvp_of_gradients(at::TensorList grads, at::TensorList pa
   const at::AutoGradMode enabled(true);
   std::vector<at::Tensor> result;
   try {
+    refuse_dead_ends(outputs);
     result = torch::autograd::grad(outputs, params.vec(), weights, keep_graph, /*create_graph=*/false,
                                    /*allow_unused=*/true);
-  } catch (const c10::Error& error) {
-    const std::string what = error.what_without_backtrace();
-    if (what.find("derivative") == std::string::npos && what.find("double backward") == std::string::npos) throw;
-    TORCH_CHECK(false, what,
-                "\nA Hessian-vector product needs every op of the model to be twice differentiable. Replace the op (the "
-                "math backend of scaled_dot_product_attention, an uncompiled model, a CPU or non-cuDNN RNN), or use "
-                "hvp=\"finite_difference\".");
+  } catch (const std::exception& error) {  // not only c10::Error: compiled models and Python functions raise their own
+    const auto* ours = dynamic_cast<const c10::Error*>(&error);
+    const std::string what = ours != nullptr ? ours->what_without_backtrace() : error.what();
+    const auto says = [&](const char* words) { return what.find(words) != std::string::npos; };
+    if (!says("derivative") && !says("double backward") && !says("differentiate twice")) throw;
+    TORCH_CHECK(
+        false, what,
+        "\nA Hessian-vector product needs every op of the model to be twice differentiable. Replace the op (the "
+        "math backend of scaled_dot_product_attention, an uncompiled model, a CPU or non-cuDNN RNN), or use "
+        "hvp=\"finite_difference\".");
   }
   return zero_filled(std::move(result), params);
 }
@@ -124,7 +165,8 @@ std::vector<at::Tensor> finite_difference_hvp(const GradientFn& gradient, at::Te
   for (size_t i = 0; i < params.size(); ++i) {
     TORCH_CHECK_TYPE(params[i].scalar_type() == at::kFloat || params[i].scalar_type() == at::kDouble,
                      "finite_difference needs float32 or float64 parameters (the difference is lost in rounding): "
-                     "parameter ", i, " is ", params[i].scalar_type());
+                     "parameter ",
+                     i, " is ", params[i].scalar_type());
   }
   const at::Tensor step = difference_step(params);
   std::vector<at::Tensor> ahead, behind;
@@ -140,7 +182,8 @@ std::vector<at::Tensor> finite_difference_hvp(const GradientFn& gradient, at::Te
   std::vector<at::Tensor> result(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     if (!ahead[i].defined() || !behind[i].defined()) continue;
-    result[i] = (ahead[i].detach() - behind[i].detach()).div((2 * step).to(params[i].device(), params[i].scalar_type()));
+    result[i] =
+        (ahead[i].detach() - behind[i].detach()).div((2 * step).to(params[i].device(), params[i].scalar_type()));
   }
   return zero_filled(std::move(result), params);
 }

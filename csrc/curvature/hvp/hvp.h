@@ -13,8 +13,8 @@ using GradientFn = std::function<std::vector<at::Tensor>()>;
 // d loss / d params, undefined where a parameter does not enter the loss.
 std::vector<at::Tensor> gradients(const at::Tensor& loss, at::TensorList params, bool create_graph, bool keep_graph);
 
-// d <grads, v> / d params for gradients that carry a graph. Gradients that are undefined or constant contribute nothing,
-// and a parameter that is not reached gets zeros. Rethrows what the engine throws with a hint at the cure.
+// d <grads, v> / d params for gradients that carry a graph. Gradients that are undefined or constant contribute
+// nothing, and a parameter that is not reached gets zeros. Rethrows what the engine throws with a hint at the cure.
 std::vector<at::Tensor> hvp_of_gradients(at::TensorList grads, at::TensorList params, at::TensorList v,
                                          bool keep_graph);
 

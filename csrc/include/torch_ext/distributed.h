@@ -5,10 +5,11 @@
 //   optimizer.set_reduce(torch_ext::mean_over(group));   // every rank then runs the raw module on its own share
 #pragma once
 
-#include <torch/csrc/distributed/c10d/Backend.hpp>
-#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch_ext/export.h>
 #include <torch_ext/optim/base.h>
+
+#include <torch/csrc/distributed/c10d/Backend.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 
 namespace torch_ext {
 

@@ -105,8 +105,7 @@ std::vector<at::Tensor> rademacher_probe(at::TensorList like, at::IntArrayRef or
   return op.call(like, ordinals, seed, stream, epoch);
 }
 
-void rademacher_refill_(at::TensorList probes, at::IntArrayRef ordinals, int64_t seed, int64_t stream,
-                        int64_t epoch) {
+void rademacher_refill_(at::TensorList probes, at::IntArrayRef ordinals, int64_t seed, int64_t stream, int64_t epoch) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("torch_ext::rademacher_refill_", "")
                              .typed<decltype(rademacher_refill_)>();
@@ -134,6 +133,11 @@ TORCH_LIBRARY_IMPL(torch_ext, Meta, m) {
   m.impl("rademacher_", rademacher_meta);
   m.impl("rademacher_probe", probe_meta);
   m.impl("rademacher_refill_", refill_meta);
+}
+TORCH_LIBRARY_IMPL(torch_ext, Autograd, m) {
+  m.impl("rademacher_", core::not_differentiable());
+  m.impl("rademacher_probe", core::not_differentiable());
+  m.impl("rademacher_refill_", core::not_differentiable());
 }
 TORCH_LIBRARY_IMPL(torch_ext, ADInplaceOrView, m) {
   m.impl("rademacher_", core::mutating());

@@ -1,5 +1,5 @@
-// Rademacher signs from Philox bits: element e is bit e mod 128 of block e / 128, least significant bit first; a set bit
-// is +1.
+// Rademacher signs from Philox bits: element e is bit e mod 128 of block e / 128, least significant bit first; a set
+// bit is +1.
 #pragma once
 
 #include "core/dtype.h"

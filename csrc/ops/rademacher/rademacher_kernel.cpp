@@ -46,8 +46,7 @@ void fill(S* out, const core::PhiloxStream& stream, int64_t begin, int64_t end) 
 }  // namespace
 
 void rademacher_cpu(const RademacherTensor& t, core::DType type, int64_t begin, int64_t end) {
-  core::dispatch_dtype(
-      type, [&](auto storage) { fill(static_cast<decltype(storage)*>(t.out), t.stream, begin, end); });
+  core::dispatch_dtype(type, [&](auto storage) { fill(static_cast<decltype(storage)*>(t.out), t.stream, begin, end); });
 }
 
 }  // namespace torch_ext::kernels

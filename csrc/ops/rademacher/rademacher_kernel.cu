@@ -5,7 +5,8 @@
 namespace torch_ext::kernels {
 namespace {
 
-// Four neighbouring elements a thread; the threads of a warp share their block's counter, so Philox costs 1/4 per element.
+// Four neighbouring elements a thread; the threads of a warp share their block's counter, so Philox costs 1/4 per
+// element.
 template <typename S>
 struct RademacherChunk {
   __device__ int64_t chunk(const RademacherTensor&) const { return core::kChunk; }

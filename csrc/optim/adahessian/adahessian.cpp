@@ -21,6 +21,13 @@ void check_combinations(const Options& options) {
                     "Invalid block_size: linear_averaging=\"block\" needs block_size >= 1");
 }
 
+void check_same_params(const std::vector<at::Tensor>& summed, const std::vector<at::Tensor>& now) {
+  const bool same = std::equal(summed.begin(), summed.end(), now.begin(), now.end(),
+                               [](const at::Tensor& a, const at::Tensor& b) { return a.is_same(b); });
+  TORCH_CHECK(same,
+              "AdaHessian: the parameters that take part have changed since accumulate(); its sums are discarded");
+}
+
 }  // namespace
 
 const Schema& AdaHessian::static_schema() {
@@ -43,8 +50,15 @@ const Schema& AdaHessian::static_schema() {
           {"average_conv", Type::kBool, true},
           {"averaging", Type::kString, "abs_mean", -kInf, kInf, false, false, {"abs_mean", "signed_mean"}},
           {"max_update", Type::kOptionalFloat, c10::IValue(), 0, kInf, true, false},
-          {"hvp", Type::kString, "double_backward", -kInf, kInf, false, false,
-           {"double_backward", "finite_difference"}, /*global=*/true},
+          {"hvp",
+           Type::kString,
+           "double_backward",
+           -kInf,
+           kInf,
+           false,
+           false,
+           {"double_backward", "finite_difference"},
+           /*global=*/true},
           {"seed", Type::kInt, int64_t{0}, -kInf, kInf, false, false, {}, /*global=*/true},
           {"maximize", Type::kBool, false},
       },
@@ -63,8 +77,8 @@ const Schema& AdaHessian::static_schema() {
 AdaHessianOptions::AdaHessianOptions() : OptionsOf(AdaHessian::static_schema()) {}
 AdaHessianOptions::AdaHessianOptions(double lr) : AdaHessianOptions() { this->lr(lr); }
 
-AdaHessian::AdaHessian(std::vector<torch::optim::OptimizerParamGroup> groups, AdaHessianOptions defaults)
-    : OptimizerBase(std::move(groups), std::make_unique<AdaHessianOptions>(std::move(defaults))) {}
+AdaHessian::AdaHessian(const std::vector<torch::optim::OptimizerParamGroup>& groups, AdaHessianOptions defaults)
+    : OptimizerBase(groups, std::make_unique<AdaHessianOptions>(std::move(defaults))) {}
 
 AdaHessian::AdaHessian(std::vector<at::Tensor> params, AdaHessianOptions defaults)
     : AdaHessian(one_group(std::move(params)), std::move(defaults)) {}
@@ -122,8 +136,10 @@ at::Tensor AdaHessian::step(const AdaHessianInputs& inputs) {
   const at::NoGradGuard no_grad;
   Plan now = plan(!inputs.hessian.empty());
   if (!sums_.grads.empty()) {
-    TORCH_CHECK(!inputs.closure, "AdaHessian: accumulate() was called: step() takes its sums and no closure");
+    TORCH_CHECK(!inputs.closure && !inputs.curvature_closure && inputs.hessian.empty(),
+                "AdaHessian: accumulate() was called: step() takes its sums and no closure");
     Sums sums = std::exchange(sums_, {});
+    check_same_params(sums.params, now.request.params);
     apply(now, std::move(sums.grads), std::move(sums.curvature), inputs);
     return {};
   }
@@ -137,10 +153,12 @@ at::Tensor AdaHessian::step(const AdaHessianInputs& inputs) {
 }
 
 void AdaHessian::accumulate(const at::Tensor& loss, double weight) {
-  AdaHessianSums sums{std::move(sums_.grads), std::move(sums_.curvature)};
-  sums_ = {};  // a micro-batch that throws discards the unfinished sums with it
-  adahessian_accumulate(sums, plan(/*external=*/false).request, loss, weight);
-  sums_ = {std::move(sums.grads), std::move(sums.curvature)};
+  Sums before = std::exchange(sums_, {});  // a micro-batch that throws discards the unfinished sums with it
+  const AdaHessianRequest request = plan(/*external=*/false).request;
+  if (!before.grads.empty()) check_same_params(before.params, request.params);
+  AdaHessianSums sums{std::move(before.grads), std::move(before.curvature)};
+  adahessian_accumulate(sums, request, loss, weight);
+  sums_ = {request.params, std::move(sums.grads), std::move(sums.curvature)};
 }
 
 // Tensors of one group that take part in the update.
@@ -201,8 +219,7 @@ void AdaHessian::apply(const Plan& plan, std::vector<at::Tensor> grads, std::vec
   global_counter("global_calls").add_(1);
 }
 
-void AdaHessian::check_state(const at::Tensor& param, const Options& options,
-                             const StateTensors& state) const {
+void AdaHessian::check_state(const at::Tensor& param, const Options& options, const StateTensors& state) const {
   adahessian_check_state(param, options, state);
 }
 

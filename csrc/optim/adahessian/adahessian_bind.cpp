@@ -51,7 +51,8 @@ py::tuple derivatives(Tensors params, std::vector<int64_t> ordinals, size_t n_pa
                       bool refresh, int64_t epoch, bool magnitude_only, const py::object& closure,
                       const py::object& curvature_closure, const std::optional<OptionalTensors>& hessian,
                       bool scaler_unscaled, Tensors probes) {
-  auto request = request_from(std::move(params), std::move(ordinals), n_params, options, refresh, epoch, magnitude_only);
+  auto request =
+      request_from(std::move(params), std::move(ordinals), n_params, options, refresh, epoch, magnitude_only);
   request.closure = wrap_closure(closure);
   request.curvature_closure = wrap_closure(curvature_closure);
   if (hessian.has_value()) request.hessian = plain(*hessian);
@@ -75,7 +76,7 @@ py::tuple accumulate(const OptionalTensors& grads, const Tensors& curvature, Ten
 }
 
 optim::StateTensors init_state(const at::Tensor& param, const py::dict& options, int64_t ordinal,
-                                             optim::StateTensors state) {
+                               optim::StateTensors state) {
   optim::adahessian_init_state(param, *options_from("AdaHessian", options), ordinal, state);
   return state;
 }
@@ -88,8 +89,10 @@ at::Tensor step(optim::AdaHessian& optimizer, const py::object& closure, const p
   optim::AdaHessianInputs inputs;
   inputs.closure = wrap_closure(closure);
   if (kwargs.contains("curvature_closure")) inputs.curvature_closure = wrap_closure(kwargs["curvature_closure"]);
-  if (kwargs.contains("hessian") && !kwargs["hessian"].is_none()) inputs.hessian = plain(kwargs["hessian"].cast<OptionalTensors>());
-  if (kwargs.contains("loss_scale") && !kwargs["loss_scale"].is_none()) inputs.loss_scale = kwargs["loss_scale"].cast<double>();
+  if (kwargs.contains("hessian") && !kwargs["hessian"].is_none())
+    inputs.hessian = plain(kwargs["hessian"].cast<OptionalTensors>());
+  if (kwargs.contains("loss_scale") && !kwargs["loss_scale"].is_none())
+    inputs.loss_scale = kwargs["loss_scale"].cast<double>();
   if (kwargs.contains("accumulate")) {  // list of (loss, weight): the micro-batches of this step
     for (const auto& [loss, weight] : kwargs["accumulate"].cast<std::vector<std::pair<at::Tensor, double>>>()) {
       without_gil([&, &loss = loss, &weight = weight] {

@@ -15,14 +15,15 @@
 namespace torch_ext::optim {
 
 struct AdaHessianRequest {
-  std::vector<at::Tensor> params;    // that require gradients, in order; ordinals in probes
+  std::vector<at::Tensor> params;  // that require gradients, in order; ordinals in probes
   curvature::Probes probes;
-  bool refresh;                      // curvature is wanted
-  bool finite_difference;            // instead of double backward
-  bool magnitude_only;               // no group averages signed values
-  bool scaler_unscaled;              // a GradScaler has divided .grad by a scale that second derivatives still carry
-  std::vector<at::Tensor> hessian;   // the user's (averaged) Hessian diagonal: one per parameter of the optimizer, or none
-  size_t n_params;                   // of the optimizer, those included that need no gradient
+  bool refresh;            // curvature is wanted
+  bool finite_difference;  // instead of double backward
+  bool magnitude_only;     // no group averages signed values
+  bool scaler_unscaled;    // a GradScaler has divided .grad by a scale that second derivatives still carry
+  std::vector<at::Tensor>
+      hessian;      // the user's (averaged) Hessian diagonal: one per parameter of the optimizer, or none
+  size_t n_params;  // of the optimizer, those included that need no gradient
   Closure closure, curvature_closure;
 };
 
@@ -39,6 +40,6 @@ struct AdaHessianSums {
   std::vector<at::Tensor> grads, curvature;
 };
 TORCH_EXT_API void adahessian_accumulate(AdaHessianSums& sums, const AdaHessianRequest& request, const at::Tensor& loss,
-                           double weight);
+                                         double weight);
 
 }  // namespace torch_ext::optim

@@ -1,4 +1,5 @@
-// The arithmetic of one AdaHessian update (Yao et al., arXiv:2006.00719, Algorithm 1), the only place where it is written.
+// The arithmetic of one AdaHessian update (Yao et al., arXiv:2006.00719, Algorithm 1), the only place where it is
+// written.
 #pragma once
 
 #include "core/math.h"
@@ -11,12 +12,12 @@ enum class Root { kSqrt, kQuartic, kNone, kPower };
 template <typename T, Root R>
 struct AdaHessianStep {
   T lr, beta1, one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, max_update;
-  T grad_scale, curvature_scale;       // multiply g and the curvature estimate as they are read
-  T inverse_bias1, inverse_bias2;      // 1 / (1 - product of the betas so far)
-  double half_power;                   // k / 2
+  T grad_scale, curvature_scale;   // multiply g and the curvature estimate as they are read
+  T inverse_bias1, inverse_bias2;  // 1 / (1 - product of the betas so far)
+  double half_power;               // k / 2
 
-  // v <- beta2^u v + (1 - beta2^u) D^2, D the (averaged) Hessian diagonal. D^2 saturates: an infinite v would freeze the
-  // parameter for good.
+  // v <- beta2^u v + (1 - beta2^u) D^2, D the (averaged) Hessian diagonal. D^2 saturates: an infinite v would freeze
+  // the parameter for good.
   TX_HD T second_moment(T v, T d) const {
     constexpr T kMost = sizeof(T) == sizeof(float) ? T(3.4028234663852886e38) : T(1.7976931348623157e308);
     const T square = d * d;

@@ -43,42 +43,68 @@ TX_CLONES void step_averaged(S* __restrict param, const G* __restrict grad, opma
   }
 }
 
-template <typename G>
-TX_CLONES double block_sum(const G* __restrict curvature, int64_t size, bool absolute) {
-  if (absolute) {
-    return core::sum_block(size, [=](int64_t i) { return core::absolute(static_cast<double>(load(curvature[i]))); });
+// Sums of |c| (or c) over `count` blocks.
+template <typename G, bool kAbsolute>
+TX_CLONES void block_sums(const G* __restrict curvature, int64_t count, int64_t block, double* __restrict sums) {
+  for (int64_t b = 0; b < count; ++b) {
+    const G* at = curvature + b * block;
+    sums[b] = core::sum_block(block, [=](int64_t i) {
+      const auto c = static_cast<double>(load(at[i]));
+      return kAbsolute ? core::absolute(c) : c;
+    });
   }
-  return core::sum_block(size, [=](int64_t i) { return static_cast<double>(load(curvature[i])); });
 }
 
-// Blocks of [begin, end): second moments first, a cache-sized stretch at a time, then their elements.
+template <typename T, Root R>
+TX_CLONES void refresh_second(T* __restrict second, const double* __restrict sums, int64_t count, double block,
+                              AdaHessianStep<T, R> f) {
+  for (int64_t b = 0; b < count; ++b) {
+    second[b] = f.second_moment(second[b], static_cast<T>(sums[b] / block) * f.curvature_scale);
+  }
+}
+
+template <typename T, Root R>
+TX_CLONES void fill_denominators(const T* __restrict second, int64_t count, T* __restrict denominators,
+                                 AdaHessianStep<T, R> f) {
+  for (int64_t b = 0; b < count; ++b) denominators[b] = f.denominator(second[b]);
+}
+
+template <typename T>
+TX_CLONES void repeat_each(const T* __restrict from, int64_t count, int64_t times, T* __restrict to) {
+  for (int64_t b = 0; b < count; ++b) {
+    for (int64_t i = 0; i < times; ++i) to[b * times + i] = from[b];
+  }
+}
+
+// Whole blocks [begin, end): a cache-sized stretch at a time, first the second moments of its blocks, then its
+// elements.
 template <typename S, typename G, Root R>
 void step_blocks(const AdaHessianTensor& t, const AdaHessianArgs& a, const AdaHessianStep<opmath_t<S>, R>& f,
                  int64_t begin, int64_t end) {
   using T = opmath_t<S>;
   constexpr int64_t kStretch = 4096, kShort = 64;
-  auto* param = static_cast<S*>(t.param);
-  const auto* grad = static_cast<const G*>(t.grad);
-  auto* exp_avg = static_cast<T*>(t.exp_avg);
-  auto* second = static_cast<T*>(t.exp_hessian_diag_sq);
-  T denominators[kStretch];
-  int64_t pending = begin;  // first element whose denominator waits in the buffer
-  for (int64_t at = begin; at < end; at += t.block) {
-    T& v = second[at / t.block];
+  double sums[kStretch];
+  T denominators[kStretch], each[kStretch];
+  const int64_t per_stretch = std::max<int64_t>(1, kStretch / t.block);
+  for (int64_t first = begin / t.block; first * t.block < end; first += per_stretch) {
+    const int64_t count = std::min(per_stretch, end / t.block - first), at = first * t.block;
+    T* second = static_cast<T*>(t.exp_hessian_diag_sq) + first;
     if (a.refresh) {
-      const double sum = block_sum(static_cast<const G*>(t.curvature) + at, t.block, !a.signed_mean);
-      v = f.second_moment(v, static_cast<T>(sum / static_cast<double>(t.block)) * f.curvature_scale);
+      auto* sum = a.signed_mean ? block_sums<G, false> : block_sums<G, true>;
+      sum(static_cast<const G*>(t.curvature) + at, count, t.block, sums);
+      refresh_second<T, R>(second, sums, count, static_cast<double>(t.block), f);
     }
-    const T denominator = f.denominator(v);
-    if (t.block > kShort) {
-      step_averaged<S, G, R, 0>(param + at, grad + at, exp_avg + at, &denominator, t.block, f);
+    fill_denominators<T, R>(second, count, denominators, f);
+    S* param = static_cast<S*>(t.param) + at;
+    const G* grad = static_cast<const G*>(t.grad) + at;
+    T* exp_avg = static_cast<T*>(t.exp_avg) + at;
+    if (t.block <= kShort) {
+      repeat_each(denominators, count, t.block, each);
+      step_averaged<S, G, R, 1>(param, grad, exp_avg, each, count * t.block, f);
       continue;
     }
-    std::fill_n(denominators + (at - pending), t.block, denominator);
-    const int64_t next = at + t.block;
-    if (next == end || next + t.block - pending > kStretch) {
-      step_averaged<S, G, R, 1>(param + pending, grad + pending, exp_avg + pending, denominators, next - pending, f);
-      pending = next;
+    for (int64_t b = 0; b < count; ++b, param += t.block, grad += t.block, exp_avg += t.block) {
+      step_averaged<S, G, R, 0>(param, grad, exp_avg, denominators + b, t.block, f);
     }
   }
 }

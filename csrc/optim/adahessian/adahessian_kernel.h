@@ -15,18 +15,18 @@ namespace torch_ext::kernels {
 struct AdaHessianTensor {
   void* param;
   const void* grad;
-  const void* curvature;      // Hz or the signed estimate z * Hz; unused unless refreshing
+  const void* curvature;  // Hz or the signed estimate z * Hz; unused unless refreshing
   void* exp_avg;
   void* exp_hessian_diag_sq;  // numel / block elements
   float* step;                // accepted steps
   double* bias_products;      // [product of beta1, product of beta2^update_each]
   int64_t numel;
-  int64_t block;              // elements that share one second moment; 1 = no averaging
+  int64_t block;  // elements that share one second moment; 1 = no averaging
 };
 
 struct AdaHessianArgs {
   double lr, beta1, beta2, eps, weight_decay, hessian_power, max_update;  // beta2 already to the power update_each
-  double grad_factor, curvature_factor;  // from loss_scale, maximize, world size
+  double grad_factor, curvature_factor;                                   // from loss_scale, maximize, world size
   bool refresh;
   bool signed_mean;
   bool scaled_curvature;              // grad_scale divides the curvature too (not an external Hessian)

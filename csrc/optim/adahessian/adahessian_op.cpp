@@ -41,10 +41,10 @@ void check_tensor(const at::Tensor& param, const at::Tensor& exp_avg, const at::
   };
   TORCH_CHECK_VALUE(fits(exp_avg, dtype) && exp_avg.sizes() == param.sizes(), kName, ": exp_avg of ",
                     core::describe("parameter", i, param), " must be ", dtype, " of its shape on its device");
-  TORCH_CHECK_VALUE(fits(second, dtype) && second.numel() * block == param.numel() &&
-                        (block == 1 || second.is_contiguous()),
-                    kName, ": exp_hessian_diag_sq of ", core::describe("parameter", i, param), " has shape ",
-                    second.sizes(), ", its options average over blocks of ", block);
+  TORCH_CHECK_VALUE(
+      fits(second, dtype) && second.numel() * block == param.numel() && (block == 1 || second.is_contiguous()), kName,
+      ": exp_hessian_diag_sq of ", core::describe("parameter", i, param), " has shape ", second.sizes(),
+      ", its options average over blocks of ", block);
   TORCH_CHECK_VALUE(fits(step, at::kFloat) && step.numel() == 1 && fits(bias_products, at::kDouble) &&
                         bias_products.numel() == 2 && bias_products.is_contiguous(),
                     kName, ": step must be one float32 and bias_products two float64 on the device of ",
@@ -63,7 +63,9 @@ class Batch {
     }
     const at::Tensor& first = lists.params[bucket[0]];
     const auto type = same ? first.scalar_type() : core::arithmetic_type(first.scalar_type());
-    *grad_type = type == at::kDouble ? core::DType::kDouble : same ? core::dtype_of(first, "gradient") : core::DType::kFloat;
+    *grad_type = type == at::kDouble ? core::DType::kDouble
+                 : same              ? core::dtype_of(first, "gradient")
+                                     : core::DType::kFloat;
     staged_.reserve(5 * bucket.size());
     for (const size_t i : bucket) {
       const at::Tensor& param = lists.params[i];
@@ -208,8 +210,7 @@ std::vector<int64_t> adahessian_reduced_shape(const at::Tensor& param, int64_t b
   return shape;
 }
 
-void adahessian_init_state(const at::Tensor& param, const Options& options, int64_t ordinal,
-                           StateTensors& state) {
+void adahessian_init_state(const at::Tensor& param, const Options& options, int64_t ordinal, StateTensors& state) {
   const at::NoGradGuard no_grad;
   const int64_t block = block_of(param, options, ordinal);
   const auto blank = param.options().requires_grad(false).memory_format(c10::nullopt);
@@ -235,9 +236,12 @@ void adahessian_init_state(const at::Tensor& param, const Options& options, int6
   }
 }
 
-void adahessian_check_state(const at::Tensor& param, const Options& options,
-                            const StateTensors& state) {
-  const auto shape_of = [&](const char* name) { return state.at(name).sizes(); };
+void adahessian_check_state(const at::Tensor& param, const Options& options, const StateTensors& state) {
+  const auto shape_of = [&](const char* name) { return state.find(name)->second.sizes(); };
+  TORCH_CHECK_VALUE(state.count("exp_avg") == state.count("exp_hessian_diag_sq"), kName,
+                    ": loaded state has only one of exp_avg and exp_hessian_diag_sq: it is of another optimizer");
+  TORCH_CHECK_VALUE(state.count("bias_products") == 0 || (state.count("step") != 0 && state.count("exp_avg") != 0),
+                    kName, ": loaded state has bias_products but lacks step or exp_avg");
   if (state.count("exp_avg") != 0) {
     TORCH_CHECK_VALUE(shape_of("exp_avg") == param.sizes(), kName, ": loaded exp_avg has shape ", shape_of("exp_avg"),
                       ", its parameter ", param.sizes());
@@ -260,9 +264,9 @@ void adahessian_step_(at::TensorList params, at::TensorList grads, at::TensorLis
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("torch_ext::adahessian_step_", "")
                              .typed<decltype(adahessian_step_)>();
-  op.call(params, grads, curvature, exp_avg, exp_hessian_diag_sq, steps, bias_products, nonfinite, grad_scale, lr, beta1,
-          beta2, eps, weight_decay, hessian_power, max_update, linear_averaging, block_size, average_conv, averaging,
-          update_each, refresh, maximize, loss_scale, grads_unscaled, external_curvature);
+  op.call(params, grads, curvature, exp_avg, exp_hessian_diag_sq, steps, bias_products, nonfinite, grad_scale, lr,
+          beta1, beta2, eps, weight_decay, hessian_power, max_update, linear_averaging, block_size, average_conv,
+          averaging, update_each, refresh, maximize, loss_scale, grads_unscaled, external_curvature);
 }
 
 TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
@@ -279,6 +283,7 @@ TORCH_LIBRARY_IMPL(torch_ext, CPU, m) { m.impl("adahessian_step_", step_impl); }
 TORCH_LIBRARY_IMPL(torch_ext, CUDA, m) { m.impl("adahessian_step_", step_impl); }
 #endif
 TORCH_LIBRARY_IMPL(torch_ext, Meta, m) { m.impl("adahessian_step_", step_meta); }
+TORCH_LIBRARY_IMPL(torch_ext, Autograd, m) { m.impl("adahessian_step_", core::not_differentiable()); }
 TORCH_LIBRARY_IMPL(torch_ext, ADInplaceOrView, m) { m.impl("adahessian_step_", core::mutating()); }
 
 }  // namespace torch_ext::optim

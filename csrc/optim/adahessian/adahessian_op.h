@@ -16,17 +16,16 @@ namespace torch_ext::optim {
 // Elements that share one second moment, from a parameter's shape and options; ValueError naming the parameter if
 // block_size does not divide it.
 TORCH_EXT_API int64_t adahessian_block(const at::Tensor& param, const std::string& linear_averaging, int64_t block_size,
-                         bool average_conv, int64_t ordinal);
+                                       bool average_conv, int64_t ordinal);
 // Shape of exp_hessian_diag_sq.
 std::vector<int64_t> adahessian_reduced_shape(const at::Tensor& param, int64_t block);
 
 // Completes a parameter's state (new, or from a checkpoint of another implementation) in place and moves it to the
 // parameter's device.
 TORCH_EXT_API void adahessian_init_state(const at::Tensor& param, const Options& options, int64_t ordinal,
-                           StateTensors& state);
+                                         StateTensors& state);
 // ValueError if a state tensor does not fit the parameter.
-TORCH_EXT_API void adahessian_check_state(const at::Tensor& param, const Options& options,
-                            const StateTensors& state);
+TORCH_EXT_API void adahessian_check_state(const at::Tensor& param, const Options& options, const StateTensors& state);
 
 // torch_ext::adahessian_step_: one group's update, any mix of devices and dtypes.
 //   params, exp_avg, exp_hessian_diag_sq, steps, bias_products   mutated, one per parameter
@@ -34,12 +33,14 @@ TORCH_EXT_API void adahessian_check_state(const at::Tensor& param, const Options
 //   nonfinite            0-dim float32: nonzero leaves everything as it is
 //   grad_scale           0-dim float32 or None: gradient and curvature are divided by it (a GradScaler's scale)
 //   loss_scale           divides curvature, and gradient unless grads_unscaled
-TORCH_EXT_API void adahessian_step_(at::TensorList params, at::TensorList grads, at::TensorList curvature, at::TensorList exp_avg,
-                      at::TensorList exp_hessian_diag_sq, at::TensorList steps, at::TensorList bias_products,
-                      const at::Tensor& nonfinite, const std::optional<at::Tensor>& grad_scale, double lr, double beta1,
-                      double beta2, double eps, double weight_decay, double hessian_power,
-                      std::optional<double> max_update, std::string_view linear_averaging, int64_t block_size,
-                      bool average_conv, std::string_view averaging, int64_t update_each, bool refresh, bool maximize,
-                      double loss_scale, bool grads_unscaled, bool external_curvature);
+TORCH_EXT_API void adahessian_step_(at::TensorList params, at::TensorList grads, at::TensorList curvature,
+                                    at::TensorList exp_avg, at::TensorList exp_hessian_diag_sq, at::TensorList steps,
+                                    at::TensorList bias_products, const at::Tensor& nonfinite,
+                                    const std::optional<at::Tensor>& grad_scale, double lr, double beta1, double beta2,
+                                    double eps, double weight_decay, double hessian_power,
+                                    std::optional<double> max_update, std::string_view linear_averaging,
+                                    int64_t block_size, bool average_conv, std::string_view averaging,
+                                    int64_t update_each, bool refresh, bool maximize, double loss_scale,
+                                    bool grads_unscaled, bool external_curvature);
 
 }  // namespace torch_ext::optim

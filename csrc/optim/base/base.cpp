@@ -41,14 +41,15 @@ at::Tensor adopt(const Schema& schema, const std::string& name, const c10::IValu
                                  : field.dtype == StateField::DType::kFloat32
                                      ? at::kFloat
                                      : core::arithmetic_type(param.scalar_type());
-    return tensor.to(field.on_cpu ? at::Device(at::kCPU) : param.device(), dtype, /*non_blocking=*/false, /*copy=*/true);
+    return tensor.to(field.on_cpu ? at::Device(at::kCPU) : param.device(), dtype, /*non_blocking=*/false,
+                     /*copy=*/true);
   }
   return tensor.to(param.device(), tensor.scalar_type(), /*non_blocking=*/false, /*copy=*/true);
 }
 
 }  // namespace
 
-OptimizerBase::OptimizerBase(std::vector<OptimizerParamGroup> groups, std::unique_ptr<Options> defaults)
+OptimizerBase::OptimizerBase(const std::vector<OptimizerParamGroup>& groups, std::unique_ptr<Options> defaults)
     : Optimizer(std::vector<OptimizerParamGroup>{}, std::move(defaults)) {
   options_of(*defaults_).check();
   TORCH_CHECK_VALUE(!groups.empty(), schema().optimizer, " got no parameters");
@@ -74,12 +75,16 @@ void OptimizerBase::add_param_group(const OptimizerParamGroup& group) {
   } else {
     merged = defaults.clone();
   }
-  const auto& options = static_cast<const Options&>(*merged);
-  options.check();
+  auto& options = static_cast<Options&>(*merged);
+  const Options& first = param_groups_.empty() ? defaults : group_options(0);  // loading changes groups, not defaults
   for (const Field& field : defaults.schema().fields) {
-    TORCH_CHECK_VALUE(!field.global || options.get(field.name) == defaults.get(field.name), defaults.schema().optimizer,
+    if (!field.global) continue;
+    const bool given = group.has_options() && static_cast<const Options&>(group.options()).is_set(field.name);
+    TORCH_CHECK_VALUE(!given || options.get(field.name) == first.get(field.name), defaults.schema().optimizer,
                       ": option ", field.name, " is the same for all parameters and cannot differ in group ", index);
+    options.set(field.name, first.get(field.name));
   }
+  options.check();
   std::set<const void*> seen;
   for (const Entry& entry : entries()) seen.insert(entry.param.unsafeGetTensorImpl());
   for (const at::Tensor& param : group.params()) {
@@ -96,7 +101,8 @@ void OptimizerBase::add_param_group(const OptimizerParamGroup& group) {
 std::vector<OptimizerBase::Entry> OptimizerBase::entries() const {
   std::vector<Entry> all;
   for (size_t g = 0; g < param_groups_.size(); ++g) {
-    for (const at::Tensor& param : param_groups_[g].params()) all.push_back({param, static_cast<int64_t>(all.size()), g});
+    for (const at::Tensor& param : param_groups_[g].params())
+      all.push_back({param, static_cast<int64_t>(all.size()), g});
   }
   return all;
 }
@@ -228,8 +234,8 @@ void OptimizerBase::load_state_dict(const c10::IValue& dict) {
     for (size_t i = 0; i < params.size(); ++i) {
       if (!state.contains(indices[i])) continue;
       auto made = std::make_unique<ParamState>();
-      TORCH_CHECK_VALUE(state.at(indices[i]).isGenericDict(), "state_dict: the state of parameter ",
-                        indices[i].toInt(), " is not a dict");
+      TORCH_CHECK_VALUE(state.at(indices[i]).isGenericDict(), "state_dict: the state of parameter ", indices[i].toInt(),
+                        " is not a dict");
       for (const auto& item : state.at(indices[i]).toGenericDict()) {
         const std::string& name = item.key().toStringRef();
         made->tensors[name] = adopt(schema(), name, item.value(), params[i]);
@@ -241,6 +247,7 @@ void OptimizerBase::load_state_dict(const c10::IValue& dict) {
   state_.clear();
   for (auto& [param, made] : new_state) state_[param.unsafeGetTensorImpl()] = std::move(made);
   for (size_t g = 0; g < new_options.size(); ++g) param_groups_[g].set_options(std::move(new_options[g]));
+  state_replaced();
 }
 
 void OptimizerBase::save_state_dict(const std::string& path) const { core::write_state_dict(state_dict(), path); }

@@ -11,13 +11,13 @@ namespace torch_ext::optim {
 using Closure = std::function<at::Tensor()>;
 
 struct Evaluation {
-  at::Tensor loss;                 // what the closure returned; may be undefined if it ran backward
-  std::vector<at::Tensor> grads;   // one per parameter, undefined where it has none; with a graph if asked for
-  bool ran_backward;               // the gradients are the parameters' .grad
+  at::Tensor loss;                // what the closure returned; may be undefined if it ran backward
+  std::vector<at::Tensor> grads;  // one per parameter, undefined where it has none; with a graph if asked for
+  bool ran_backward;              // the gradients are the parameters' .grad
 };
 
-// Runs the closure with gradients enabled. If it changed some parameter's .grad it has called backward, and .grad is the
-// answer; else the returned loss is differentiated here and .grad stays as it is.
+// Runs the closure with gradients enabled. If it changed some parameter's .grad it has called backward, and .grad is
+// the answer; else the returned loss is differentiated here and .grad stays as it is.
 Evaluation evaluate(const Closure& closure, const std::vector<at::Tensor>& params, bool create_graph);
 
 // Detaches .grad of all parameters when it goes out of scope, so that no graph outlives the step (a graph in .grad is a

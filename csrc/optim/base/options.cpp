@@ -44,8 +44,8 @@ c10::IValue checked(const Schema& schema, const Field& field, const c10::IValue&
     case Field::Type::kFloatPair: {
       need(value.isTuple() || value.isList(), "a pair of numbers");
       const auto elements = value.isTuple() ? value.toTupleRef().elements().vec() : value.toListRef().vec();
-      TORCH_CHECK_VALUE(elements.size() == 2, "Invalid ", field.name, ": ", schema.optimizer, " needs two numbers, got ",
-                        elements.size());
+      TORCH_CHECK_VALUE(elements.size() == 2, "Invalid ", field.name, ": ", schema.optimizer,
+                        " needs two numbers, got ", elements.size());
       return c10::ivalue::Tuple::create(number(schema, field, elements[0]), number(schema, field, elements[1]));
     }
     case Field::Type::kInt:

@@ -1,5 +1,5 @@
-// The torch-free core: storage conversions, Philox, power(), the shape of block sums, the work split of both drivers, and
-// the list kernels.
+// The torch-free core: storage conversions, Philox, power(), the shape of block sums, the work split of both drivers,
+// and the list kernels.
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 #include <gtest/gtest.h>
@@ -79,8 +79,8 @@ TEST(DType, StoreInvertsLoad) {
     BFloat16 bfloat16;
     store(half, load(Half{narrow}));
     store(bfloat16, load(BFloat16{narrow}));
-    if (!std::isnan(load(Half{narrow}))) ASSERT_EQ(half.bits, narrow);
-    if (!std::isnan(load(BFloat16{narrow}))) ASSERT_EQ(bfloat16.bits, narrow);
+    ASSERT_TRUE(half.bits == narrow || std::isnan(load(Half{narrow}))) << bits;
+    ASSERT_TRUE(bfloat16.bits == narrow || std::isnan(load(BFloat16{narrow}))) << bits;
   }
 }
 
@@ -217,11 +217,12 @@ void check_tables(const std::vector<Item>& items) {
     for (int32_t b = 0; b < table.blocks; ++b) {
       ASSERT_LT(table.owner[b], 128);
       const Item& item = table.tensor[table.owner[b]];
-      const int64_t chunk = item.block >= kChunk ? item.block : kChunk / item.block * item.block;  // as device code has it
+      const int64_t chunk =
+          item.block >= kChunk ? item.block : kChunk / item.block * item.block;  // as device code has it
       const int64_t begin = static_cast<int64_t>(table.chunk[b]) * chunk;
       const int64_t end = begin + chunk < item.numel ? begin + chunk : item.numel;
-      const bool good = begin == covered[item.index] && begin < end && begin % item.block == 0 &&
-                        chunk == splits[item.index].chunk;
+      const bool good =
+          begin == covered[item.index] && begin < end && begin % item.block == 0 && chunk == splits[item.index].chunk;
       failures += good ? 0 : 1;
       covered[item.index] = end;
     }

@@ -54,8 +54,17 @@ struct Param {
       for (auto& element : buffer) {
         double x = normal(random) * std::exp(normal(random));
         if (special) {
-          const std::vector<double> values{0.0,   -0.0, std::nan(""), 1e-42, -1e-42, 1e-320, 3e38, 65504, 1e-7,
-                                           1e300, std::numeric_limits<double>::infinity(),
+          const std::vector<double> values{0.0,
+                                           -0.0,
+                                           std::nan(""),
+                                           1e-42,
+                                           -1e-42,
+                                           1e-320,
+                                           3e38,
+                                           65504,
+                                           1e-7,
+                                           1e300,
+                                           std::numeric_limits<double>::infinity(),
                                            -std::numeric_limits<double>::infinity()};
           if (random() % 2 == 0) x = values[random() % values.size()];
         }
@@ -71,9 +80,9 @@ struct Param {
   }
 
   AdaHessianTensor tensor() {
-    return {param.data() + offset,  grad.data() + offset, curvature.data() + offset, exp_avg.data() + offset,
-            second.data() + offset, &step,                bias_products,             static_cast<int64_t>(size),
-            block};
+    return {param.data() + offset,   grad.data() + offset,       curvature.data() + offset,
+            exp_avg.data() + offset, second.data() + offset,     &step,
+            bias_products,           static_cast<int64_t>(size), block};
   }
 
   bool equals(const Param& other) const {
@@ -86,7 +95,8 @@ struct Param {
   }
 };
 
-AdaHessianArgs arguments(DType param_type, DType grad_type, double hessian_power, bool refresh, const float* nonfinite) {
+AdaHessianArgs arguments(DType param_type, DType grad_type, double hessian_power, bool refresh,
+                         const float* nonfinite) {
   AdaHessianArgs a{};
   a.lr = 0.15;
   a.beta1 = 0.9;

@@ -35,7 +35,7 @@ inline ::testing::AssertionResult equal_bits(const at::Tensor& a, const at::Tens
 inline ::testing::AssertionResult equal_bits(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) {
   if (a.size() != b.size()) return ::testing::AssertionFailure() << a.size() << " and " << b.size() << " tensors";
   for (size_t i = 0; i < a.size(); ++i) {
-    if (const auto result = equal_bits(a[i], b[i]); !result) return result << " (tensor " << i << ')';
+    if (auto result = equal_bits(a[i], b[i]); !result) return result << " (tensor " << i << ')';
   }
   return ::testing::AssertionSuccess();
 }

@@ -1,5 +1,5 @@
-// Small fixed problems, rebuilt without a random generator; those of tests/optim_db.json as torch_ext/testing/problems.py
-// documents them.
+// Small fixed problems, rebuilt without a random generator; those of tests/optim_db.json as
+// torch_ext/testing/problems.py documents them.
 #pragma once
 
 #include <torch/torch.h>
@@ -42,8 +42,7 @@ inline Problem tanh_layer(at::ScalarType dtype = at::kDouble) {
             const at::Tensor &weight = p[0], &kernel = p[1], &bias = p[2];
             const at::Tensor error = torch::tanh(torch::matmul(x, weight.t()) + bias) - t;
             const at::Tensor q = kernel * kernel - 0.3, total = kernel.sum();
-            const at::Tensor fit =
-                (error * error).mean() + (weight * weight).mean() * 0.2 + (bias * bias).mean() * 0.2;
+            const at::Tensor fit = (error * error).mean() + (weight * weight).mean() * 0.2 + (bias * bias).mean() * 0.2;
             return fit + (q * q).mean() * 0.5 + total * total * 0.01;
           }};
 }
@@ -53,8 +52,8 @@ inline Problem problem_named(const std::string& name) {
   return tanh_layer();
 }
 
-// sum over all elements of p^4 / 4, from p = 1.5 + sin(e) / 2. Gradient and curvature of an element depend on nothing but
-// its value, by products and sums alone: any layout, device, order or thread count gives the same bits.
+// sum over all elements of p^4 / 4, from p = 1.5 + sin(e) / 2. Gradient and curvature of an element depend on nothing
+// but its value, by products and sums alone: any layout, device, order or thread count gives the same bits.
 inline Problem quartic(const std::vector<std::vector<int64_t>>& shapes, at::ScalarType dtype = at::kDouble) {
   Problem problem;
   for (size_t i = 0; i < shapes.size(); ++i) {

@@ -15,8 +15,8 @@
 //   optimizer.step([&] { return torch::nll_loss(model->forward(x), y); });   // the closure returns the loss
 //
 // A refresh costs one more backward pass. Memory per parameter: exp_avg 4 bytes, exp_hessian_diag_sq 4 bytes (4 / block
-// where averaged), both float32 for half-precision parameters (8 each for float64), and the probes of the last refresh in
-// the parameter's dtype.
+// where averaged), both float32 for half-precision parameters (8 each for float64), and the probes of the last refresh
+// in the parameter's dtype.
 #pragma once
 
 #include <torch_ext/optim/base.h>
@@ -92,17 +92,17 @@ struct AdaHessianInputs {
 
 class TORCH_EXT_API AdaHessian : public OptimizerBase {
  public:
-  explicit AdaHessian(std::vector<torch::optim::OptimizerParamGroup> groups, AdaHessianOptions defaults = {});
+  explicit AdaHessian(const std::vector<torch::optim::OptimizerParamGroup>& groups, AdaHessianOptions defaults = {});
   explicit AdaHessian(std::vector<at::Tensor> params, AdaHessianOptions defaults = {});
   AdaHessian(AdaHessian&&) = default;
 
   static const Schema& static_schema();
 
   // One update. The closure (a) returns the loss and does not call backward (preferred: no graph outlives the step), or
-  // (b) calls backward(create_graph = is_second_order()) itself. Without a closure .grad is used as it is and must carry
-  // a graph when is_second_order(). Returns the closure's loss without its graph, an undefined tensor without a closure.
-  // Parameters without a gradient are left alone. If any gradient or curvature is infinite or NaN nothing changes but
-  // skipped_steps(). A closure that throws leaves parameters and state as they were.
+  // (b) calls backward(create_graph = is_second_order()) itself. Without a closure .grad is used as it is and must
+  // carry a graph when is_second_order(). Returns the closure's loss without its graph, an undefined tensor without a
+  // closure. Parameters without a gradient are left alone. If any gradient or curvature is infinite or NaN nothing
+  // changes but skipped_steps(). A closure that throws leaves parameters and state as they were.
   at::Tensor step(LossClosure closure = nullptr) override;
   // The same with the curvature of another loss, such as that of a quarter of the batch.
   at::Tensor step(LossClosure closure, LossClosure curvature_closure);
@@ -118,13 +118,13 @@ class TORCH_EXT_API AdaHessian : public OptimizerBase {
 
  private:
   struct Sums {
-    std::vector<at::Tensor> grads, curvature;
+    std::vector<at::Tensor> params, grads, curvature;
   };
   struct Plan;
   struct Lists;
 
-  void check_state(const at::Tensor& param, const Options& options,
-                   const StateTensors& state) const override;
+  void check_state(const at::Tensor& param, const Options& options, const StateTensors& state) const override;
+  void state_replaced() override { sums_ = {}; }
   Plan plan(bool external) const;
   void apply(const Plan& plan, std::vector<at::Tensor> grads, std::vector<at::Tensor> curvature,
              const AdaHessianInputs& inputs);

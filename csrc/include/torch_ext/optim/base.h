@@ -11,7 +11,8 @@
 
 namespace torch_ext::optim {
 
-// Replaces each tensor by its mean over all processes, in place. <torch_ext/distributed.h> makes one from a ProcessGroup.
+// Replaces each tensor by its mean over all processes, in place. <torch_ext/distributed.h> makes one from a
+// ProcessGroup.
 using ReduceFn = std::function<void(std::vector<at::Tensor>&)>;
 
 class TORCH_EXT_API OptimizerBase : public torch::optim::Optimizer {
@@ -19,15 +20,15 @@ class TORCH_EXT_API OptimizerBase : public torch::optim::Optimizer {
   const Schema& schema() const { return options_of(*defaults_).schema(); }
 
   // Adds a group. Options that the group does not set explicitly are inherited from the defaults. Errors: duplicate
-  // parameters (ValueError), another optimizer's options (TypeError), a global option that differs from the other groups
-  // (ValueError). Call it on this type: through torch::optim::Optimizer& the base's version would run.
+  // parameters (ValueError), another optimizer's options (TypeError), a global option that differs from the other
+  // groups (ValueError). Call it on this type: through torch::optim::Optimizer& the base's version would run.
   void add_param_group(const torch::optim::OptimizerParamGroup& group);
 
   // {'state': {index: {name: tensor}}, 'param_groups': [...], 'torch_ext': {...}}: the dict that Python's state_dict()
   // returns. Tensors are shared, not copied.
   c10::IValue state_dict() const;
-  // Takes such a dict, from either language. State goes to the parameters' devices and keeps its own dtype. Errors leave
-  // the optimizer as it was.
+  // Takes such a dict, from either language. State goes to the parameters' devices and keeps its own dtype. Errors
+  // leave the optimizer as it was.
   void load_state_dict(const c10::IValue& dict);
   // The same to and from a file that torch.load(path, weights_only=True) reads and torch.save writes.
   void save_state_dict(const std::string& path) const;
@@ -55,11 +56,12 @@ class TORCH_EXT_API OptimizerBase : public torch::optim::Optimizer {
     size_t group;
   };
 
-  OptimizerBase(std::vector<torch::optim::OptimizerParamGroup> groups, std::unique_ptr<Options> defaults);
+  OptimizerBase(const std::vector<torch::optim::OptimizerParamGroup>& groups, std::unique_ptr<Options> defaults);
 
   // Shapes of loaded state against the parameter and its group's options; ValueError.
-  virtual void check_state(const at::Tensor& param, const Options& options,
-                           const StateTensors& state) const = 0;
+  virtual void check_state(const at::Tensor& param, const Options& options, const StateTensors& state) const = 0;
+  // Called after a checkpoint was loaded: drops what was begun on top of the old state.
+  virtual void state_replaced() {}
 
   static const Options& options_of(const torch::optim::OptimizerOptions& options);
   const Options& group_options(size_t group) const { return options_of(param_groups_[group].options()); }

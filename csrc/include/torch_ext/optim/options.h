@@ -1,7 +1,7 @@
 // The field table of an optimizer and the option and state classes that live on it.
 //
-// Every optimizer has ONE table (name, type, default, range, per group or global, state tensors). The C++ accessors, the
-// checks of both languages, serialization, equality and group inheritance all read it.
+// Every optimizer has ONE table (name, type, default, range, per group or global, state tensors). The C++ accessors,
+// the checks of both languages, serialization, equality and group inheritance all read it.
 #pragma once
 
 #include <ATen/core/ivalue.h>
@@ -28,16 +28,22 @@ struct Field {
   std::string name;
   Type type;
   c10::IValue default_value;
-  double low = -std::numeric_limits<double>::infinity();   // numbers must lie in [low, high]; NaN never does
+  double low = -std::numeric_limits<double>::infinity();  // numbers must lie in [low, high]; NaN never does
   double high = std::numeric_limits<double>::infinity();
-  bool low_open = false, high_open = false;                // the bound itself is excluded
-  std::vector<std::string> choices = {};                   // of a kString
-  bool global = false;                                     // the same in all groups
+  bool low_open = false, high_open = false;  // the bound itself is excluded
+  std::vector<std::string> choices = {};     // of a kString
+  bool global = false;                       // the same in all groups
 };
 
-// One state tensor of a parameter; names starting with global_ belong to the optimizer and sit with the first parameter.
+// One state tensor of a parameter; names starting with global_ belong to the optimizer and sit with the first
+// parameter.
 struct StateField {
-  enum class DType { kArithmetic, kFloat32, kFloat64, kInt64 };  // kArithmetic: float32 for half and bfloat16, else the parameter's
+  enum class DType {
+    kArithmetic,
+    kFloat32,
+    kFloat64,
+    kInt64
+  };  // kArithmetic: float32 for half and bfloat16, else the parameter's
   std::string name;
   DType dtype;
   bool on_cpu = false;  // stays on the CPU wherever the parameter is

@@ -1,0 +1,171 @@
+"""Data parallelism over Gloo: 2 and 4 processes that each see a part of the batch against one that sees all of it.
+
+``test_bug_1`` in effect: gradient and Hz are averaged before anything that is not linear, and the average is used.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torch_ext import _C
+from torch_ext.optim import AdaHessian
+from torch_ext.testing import bits
+
+ROWS, STEPS = 12, 7
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "row, lazy": {"linear_averaging": "row", "update_each": 3, "n_samples": 2},
+    "signed mean": {"linear_averaging": "row", "averaging": "signed_mean"},
+    "finite difference": {"hvp": "finite_difference"},
+    "micro-batches": {},
+}
+
+
+def network(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3), nn.Linear(3, 3)).to(dtype)
+
+
+def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, y = (torch.randn(ROWS, n, generator=generator, dtype=torch.float64) for n in (5, 3))
+    return x.to(dtype), y.to(dtype)
+
+
+def train(kind: str, rows: slice, group: Any) -> list[Tensor]:
+    model, (x, y) = network(), data()
+    x, y = x[rows], y[rows]
+    optimizer = AdaHessian(
+        model[:3].parameters(), process_group=group, **OPTIONS[kind]
+    )  # the last layer is not trained
+    for _ in range(STEPS):
+        if kind == "micro-batches":
+            for part in range(len(x)):
+                optimizer.accumulate(F.mse_loss(model(x[part : part + 1]), y[part : part + 1]), 1 / len(x))
+            optimizer.step()
+        else:
+            optimizer.step(lambda: F.mse_loss(model(x), y))
+    return [p.detach() for p in model.parameters()]
+
+
+def run_ranks(check: Callable[..., None], world: int, folder: Path, *arguments: Any) -> None:
+    store = folder / "store"
+    torch.multiprocessing.spawn(start_rank, (world, str(store), check, arguments), nprocs=world)
+
+
+def start_rank(rank: int, world: int, store: str, check: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    try:
+        check(rank, world, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def check_parts(rank: int, world: int) -> None:
+    share = ROWS // world
+    for kind in OPTIONS:
+        parts = train(kind, slice(rank * share, (rank + 1) * share), dist.group.WORLD)
+        whole = train(kind, slice(None), None)
+        tolerance = 1e-7 if kind == "finite difference" else 1e-12
+        for a, b in zip(parts, whole, strict=True):
+            error = float((a - b).abs().max() / b.abs().max())
+            assert error <= tolerance, f"{kind}: {error}"
+        gathered: list[Any] = [None] * world
+        dist.all_gather_object(gathered, bits(parts))
+        assert all(g == gathered[0] for g in gathered), f"{kind}: the ranks have drifted apart"
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_parts_equal_the_whole(world: int, tmp_path: Path) -> None:
+    run_ranks(check_parts, world, tmp_path)
+
+
+def check_rules(rank: int, world: int) -> None:
+    group = dist.group.WORLD
+    p = torch.full((2,), 1.0 + rank, dtype=torch.float64, requires_grad=True)
+    q = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+
+    # integers average without any error; dtypes are mixed; nothing of the input is written
+    sent = [torch.full((3,), float(rank + 1)), torch.full((2, 2), float(rank), dtype=torch.float64)]
+    kept = copy.deepcopy(sent)
+    received = _C.all_reduce_mean(sent, group)
+    assert bits(sent) == bits(kept)
+    assert received[0].tolist() == [(world + 1) / 2] * 3
+    assert received[1].tolist() == [[(world - 1) / 2] * 2] * 2
+    half = _C.all_reduce_mean([torch.ones(4, dtype=torch.bfloat16)], group)
+    assert half[0].dtype == torch.float32
+
+    # one rank's infinite gradient skips the step of all
+    with torch.no_grad():
+        p.fill_(1.0)
+    optimizer = AdaHessian([p, q], process_group=group)
+    factor = float("inf") if rank == world - 1 else 1.0
+    optimizer.step(lambda: (p**2).sum() * factor + (q**2).sum())
+    assert optimizer.skipped_steps.item() == 1
+    assert p.tolist() == [1.0, 1.0]
+    optimizer.step(lambda: (p**2).sum() + (q**2).sum())
+    assert p[0].item() < 1.0
+
+    # the group is no option: not saved, not pickled, shared by deepcopy
+    saved = optimizer.state_dict()
+    assert "process_group" not in saved["param_groups"][0]
+    assert "process_group" not in optimizer.defaults
+    twin_params, twin = copy.deepcopy(([p, q], optimizer))
+    assert twin.process_group is optimizer.process_group is group
+    twin.step(lambda: sum((t**2).sum() for t in twin_params))
+
+    (p, q), unpickled = pickle.loads(pickle.dumps(([p, q], optimizer)))
+
+    def loss() -> Tensor:
+        return (p**2).sum() + (q**2).sum()
+
+    assert unpickled.process_group is None
+    before = bits([p, q])
+    for broken in (unpickled, copy.deepcopy(([p, q], unpickled))[1], pickle.loads(pickle.dumps(unpickled))):
+        assert broken.process_group is None
+    with pytest.raises(RuntimeError, match=r"was distributed when it was pickled: set opt\.process_group"):
+        unpickled.step(loss)
+    assert bits([p, q]) == before
+    unpickled.process_group = group
+    unpickled.step(loss)
+    unpickled.process_group = None  # from here on it runs alone
+    unpickled.step(loss)
+    assert p[0].item() < 1.0
+
+
+def test_rules(tmp_path: Path) -> None:
+    run_ranks(check_rules, 2, tmp_path)
+
+
+def check_averaged_by_ddp(rank: int, world: int) -> None:
+    """Between refreshes gradients that DistributedDataParallel has averaged may be used as they are."""
+    x, y = data()
+    share = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
+    model, other = network(), network()
+    wrapped = nn.parallel.DistributedDataParallel(other)
+    a = AdaHessian(model.parameters(), update_each=100, process_group=dist.group.WORLD)
+    b = AdaHessian(other.parameters(), update_each=100, process_group=dist.group.WORLD)
+    a.step(lambda: F.mse_loss(model(x[share]), y[share]))
+    b.step(lambda: F.mse_loss(other(x[share]), y[share]))
+    for _ in range(3):
+        a.step(lambda: F.mse_loss(model(x[share]), y[share]))
+        b.zero_grad()
+        F.mse_loss(wrapped(x[share]), y[share]).backward()
+        b.step()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-14)
+
+
+def test_gradients_averaged_by_ddp_stay_right(tmp_path: Path) -> None:
+    run_ranks(check_averaged_by_ddp, 2, tmp_path)
