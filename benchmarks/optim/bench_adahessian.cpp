@@ -97,7 +97,7 @@ struct Composed {
     const double c1 = 1 - std::pow(0.9, static_cast<double>(t)), c2 = 1 - std::pow(0.999, static_cast<double>(t));
     for (size_t i = 0; i < params.size(); ++i) {
       at::Tensor diagonal = hz[i];
-      if (probes) diagonal = torch::randint(0, 2, params[i].sizes()).mul_(2).sub_(1).mul_(hz[i]);
+      if (probes) diagonal = torch::randint(0, 2, params[i].sizes(), torch::kFloat).mul_(2).sub_(1).mul_(hz[i]);
       exp_avg[i].mul_(0.9).add_(params[i].grad(), 0.1);
       second[i].mul_(0.999).addcmul_(diagonal, diagonal, 0.001);
       const at::Tensor denominator = second[i].div(c2).sqrt_().add_(1e-4);

@@ -71,7 +71,7 @@ class Task:
 
     def first_order(self) -> Iteration:
         model = self.model()
-        opt = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        opt = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
 
         def iteration() -> None:
             opt.zero_grad()
@@ -83,7 +83,7 @@ class Task:
     def ours(self, cycle: int = 1, **options: Any) -> Iteration:
         """`cycle` iterations: with update_each > 1 one refresh and its first-order steps."""
         model = self.model()
-        opt = torch_ext.optim.AdaHessian(model.parameters(), lr=1e-3, update_each=cycle, **options)
+        opt = torch_ext.optim.AdaHessian(model.parameters(), lr=1e-9, update_each=cycle, **options)
         extra = {"curvature_closure": lambda: self.loss(model, 4)} if cycle > 1 else {}
 
         def iteration() -> None:
@@ -107,7 +107,7 @@ class Task:
         """What a lazy iteration cannot avoid: forward and backward, curvature of a quarter batch, an AdamW update."""
         model = self.model()
         params = list(model.parameters())
-        opt = torch.optim.AdamW(params, lr=1e-4, fused=True)
+        opt = torch.optim.AdamW(params, lr=1e-9, fused=True)
 
         def gradient() -> None:
             torch.autograd.grad(self.loss(model), params)
@@ -124,8 +124,8 @@ class Task:
 
 
 PEERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "timm": lambda params: timm.optim.Adahessian(params, lr=1e-3),
-    "pytorch_optimizer": lambda params: pytorch_optimizer.AdaHessian(params, lr=1e-3),
+    "timm": lambda params: timm.optim.Adahessian(params, lr=1e-9),
+    "pytorch_optimizer": lambda params: pytorch_optimizer.AdaHessian(params, lr=1e-9),
 }
 
 

@@ -4,9 +4,10 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/csrc/autograd/variable.h>
 
-#include <map>
+#include <algorithm>
 #include <sstream>
 #include <utility>
+#include <vector>
 
 namespace torch_ext::core {
 
@@ -18,10 +19,20 @@ std::string describe(const char* what, size_t index, const at::Tensor& tensor) {
 
 namespace {
 
-void refuse_expanded(const at::Tensor& tensor, const char* what, size_t index) {
+// Each stride must step over everything that the smaller ones reach. That also refuses a few interleaved layouts in
+// which no two elements meet, such as sizes (3, 2) with strides (2, 3).
+void refuse_overlapping(const at::Tensor& tensor, const char* what, size_t index) {
+  if (tensor.numel() == 0 || tensor.is_non_overlapping_and_dense()) return;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
   for (int64_t d = 0; d < tensor.dim(); ++d) {
-    TORCH_CHECK(tensor.stride(d) != 0 || tensor.size(d) <= 1, describe(what, index, tensor),
-                " is expanded: several of its elements share one memory location; use .contiguous()");
+    if (tensor.size(d) > 1) dims.emplace_back(tensor.stride(d), tensor.size(d));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t reach = 0;
+  for (const auto& [stride, size] : dims) {
+    TORCH_CHECK(stride > reach, describe(what, index, tensor),
+                " is expanded or overlapping: several of its elements share one memory location; use .contiguous()");
+    reach += stride * (size - 1);
   }
 }
 
@@ -61,7 +72,7 @@ void check_gradient(const char* optimizer, size_t ordinal, const at::Tensor& par
   TORCH_CHECK_VALUE(grad.sizes() == param.sizes(), optimizer, ": gradient of ", name(), " has shape ", grad.sizes());
   TORCH_CHECK_VALUE(grad.device() == param.device(), optimizer, ": gradient of ", name(), " is on ", grad.device(),
                     ", the parameter on ", param.device());
-  refuse_expanded(param, "parameter", ordinal);  // here too, before any parameter is changed
+  refuse_overlapping(param, "parameter", ordinal);  // here too, before any parameter is changed
 }
 
 void check_same_length(const char* op, const char* what, size_t expected, size_t got) {
@@ -80,7 +91,7 @@ void Staged::finish() const {
 
 std::vector<int64_t> walking_strides(const at::Tensor& lead, bool any_order, const char* what, size_t index) {
   if (any_order && lead.is_non_overlapping_and_dense()) return lead.strides().vec();
-  refuse_expanded(lead, what, index);
+  refuse_overlapping(lead, what, index);
   std::vector<int64_t> strides(static_cast<size_t>(lead.dim()));
   int64_t next = 1;
   for (int64_t d = lead.dim() - 1; d >= 0; --d) {

@@ -38,7 +38,8 @@ class Staged {
 };
 
 // Strides in which a list of equal-shaped tensors is walked: those of `lead` if it is non-overlapping and dense
-// (storage order) and `any_order` holds, else the contiguous ones. Refuses an expanded (self-overlapping) lead.
+// (storage order) and `any_order` holds, else the contiguous ones. Refuses an expanded or otherwise self-overlapping
+// lead.
 std::vector<int64_t> walking_strides(const at::Tensor& lead, bool any_order, const char* what, size_t index = 0);
 
 // Indices grouped by (device, dtype of `by`), in order of first appearance.

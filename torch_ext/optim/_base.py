@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 ParamsT: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 Closure: TypeAlias = Callable[[], Any]
 
+_schema = functools.cache(_C.schema)  # a fixed table; building the dict takes 0.1 ms
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
 
 
@@ -38,9 +40,13 @@ class Optimizer(torch.optim.Optimizer):
     def _checked(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options in their own types; a tensor learning rate stays the tensor that its scheduler writes to."""
         lr = options.get("lr")
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError("Tensor lr must have one element")
-        checked = _C.check_options(self._name, dict(options))
+        given = {}
+        for name in (field["name"] for field in _schema(self._name)["fields"]):
+            if name in options:
+                given[name] = value = _plain(options[name])
+                if isinstance(value, Tensor) and value.numel() != 1:
+                    raise ValueError(f"Tensor {name} must have one element")
+        checked = _C.check_options(self._name, given)
         if isinstance(lr, Tensor):
             checked["lr"] = lr
         return checked
@@ -58,7 +64,7 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError("optimizer parameters need to be organized in ordered collections: use a list, not a set")
         params = [params] if isinstance(params, Tensor) else list(params)
         first = self.param_groups[0] if self.param_groups else self.defaults
-        shared = {f["name"]: first[f["name"]] for f in _C.schema(self._name)["fields"] if f["global"]}
+        shared = {f["name"]: first[f["name"]] for f in _schema(self._name)["fields"] if f["global"]}
         group = {**self.defaults, **shared, **param_group, "params": params}
         group = {**group, **self._checked(group)}
         for name, value in shared.items():
@@ -137,7 +143,7 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """As in torch, with an entry ``torch_ext`` that names optimizer and format; C++ reads and writes the same."""
         result: dict[str, Any] = super().state_dict()
-        result["torch_ext"] = {"optimizer": self._name, "format_version": _C.schema(self._name)["format_version"]}
+        result["torch_ext"] = {"optimizer": self._name, "format_version": _schema(self._name)["format_version"]}
         return result
 
     @_disable_dynamo
@@ -171,8 +177,16 @@ class Optimizer(torch.optim.Optimizer):
 
     def _loadable(self, state_dict: dict[str, Any]) -> list[tuple[Tensor, dict[str, Any]]]:
         """Checks a state_dict against this optimizer; returns each parameter's state in its right dtype and device."""
-        about = state_dict.get("torch_ext", {})
-        schema = _C.schema(self._name)
+        groups, states, about = (state_dict.get(key) for key in ("param_groups", "state", "torch_ext"))
+        if not isinstance(groups, (list, tuple)) or not isinstance(states, Mapping):
+            raise ValueError("not an optimizer's state_dict: it has no 'param_groups' or no 'state'")
+        if not all(isinstance(g, Mapping) and isinstance(g.get("params"), (list, tuple)) for g in groups):
+            raise ValueError("not an optimizer's state_dict: a parameter group has no 'params'")
+        if "torch_ext" not in state_dict:
+            about = {}
+        if not isinstance(about, Mapping) or not isinstance(about.get("format_version", 1), int):
+            raise ValueError("state_dict: 'torch_ext' must hold an optimizer's name and an integer format_version")
+        schema = _schema(self._name)
         if about.get("optimizer", self._name) != self._name:
             raise ValueError(f"this state_dict is of {about['optimizer']}, not of {self._name}")
         if about.get("format_version", 1) > schema["format_version"]:
@@ -180,9 +194,6 @@ class Optimizer(torch.optim.Optimizer):
                 f"this state_dict has format version {about['format_version']}; this build of torch_ext reads up to "
                 f"{schema['format_version']}: update torch_ext"
             )
-        if "param_groups" not in state_dict or "state" not in state_dict:
-            raise ValueError("not an optimizer's state_dict: it has no 'param_groups' or no 'state'")
-        groups = state_dict["param_groups"]
         if len(groups) != len(self.param_groups):
             raise ValueError(
                 f"loaded state dict has {len(groups)} parameter groups, the optimizer {len(self.param_groups)}"
@@ -197,14 +208,34 @@ class Optimizer(torch.optim.Optimizer):
                 )
             options = self._checked({**group, **saved})
             for index, param in zip(saved["params"], group["params"], strict=True):
-                if index not in state_dict["state"]:
+                if index not in states:
                     continue
+                if not isinstance(states[index], Mapping):
+                    raise ValueError(f"state_dict: the state of parameter {index} is not a dict")
                 state = {
-                    name: _adopt(value, param, fields.get(name)) for name, value in state_dict["state"][index].items()
+                    name: self._adopt(name, value, param, fields.get(name)) for name, value in states[index].items()
                 }
                 self._check_state(param, options, {k: v for k, v in state.items() if isinstance(v, Tensor)})
                 loaded.append((param, state))
+        listed = {index for group in groups for index in group["params"]}
+        for index in states:
+            if index not in listed and str(index).isdigit():
+                raise ValueError(f"loaded state dict has state of parameter {index!r}, which none of its groups lists")
         return loaded
+
+    def _adopt(self, name: str, value: Any, param: Tensor, field: dict[str, Any] | None) -> Any:
+        """A loaded state value, or a plain number, on the device and in the dtype of its field."""
+        if field is None:
+            return value.to(device=param.device, copy=True) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor):
+            if not isinstance(value, (int, float)):
+                raise ValueError(f"{self._name}: state {name!r} is no tensor")
+            value = torch.tensor(float(value), dtype=torch.float64)
+        if value.is_complex() or value.layout != torch.strided:
+            raise ValueError(f"{self._name}: state {name!r} is complex or sparse")
+        wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+        device = torch.device("cpu") if field["on_cpu"] else param.device
+        return value.detach().to(device=device, dtype=_DTYPES.get(field["dtype"], wide), copy=True)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()
@@ -216,7 +247,7 @@ class Optimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_process_group", None)
         self.__dict__.setdefault("_lost_process_group", False)
         self.defaults.pop("differentiable", None)
-        for field in _C.schema(self._name)["fields"]:
+        for field in _schema(self._name)["fields"]:
             self.defaults.setdefault(field["name"], field["default"])
             for group in self.param_groups:
                 group.setdefault(field["name"], field["default"])
@@ -230,14 +261,8 @@ class Optimizer(torch.optim.Optimizer):
         return new
 
 
-def _adopt(value: Any, param: Tensor, field: dict[str, Any] | None) -> Any:
-    """A loaded state value on the device and in the dtype of its field; a plain number becomes a float32 tensor."""
-    if field is None and not isinstance(value, Tensor):
-        return value
-    if not isinstance(value, Tensor):
-        return torch.tensor(float(value), dtype=torch.float32, device=param.device)
-    if field is None:
-        return value.to(device=param.device, copy=True)
-    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-    device = torch.device("cpu") if field["on_cpu"] else param.device
-    return value.detach().to(device=device, dtype=_DTYPES.get(field["dtype"], wide), copy=True)
+def _plain(value: Any) -> Any:
+    """NumPy's scalars as Python's own numbers."""
+    if isinstance(value, (list, tuple)):
+        return tuple(_plain(element) for element in value)
+    return value.item() if type(value).__module__ == "numpy" and hasattr(value, "item") else value

@@ -112,7 +112,8 @@ class AdaHessian(Optimizer):
             "seed": seed,
             "maximize": maximize,
         }
-        self._sums: tuple[list[Tensor | None], list[Tensor]] | None = None
+        # of accumulate(): the parameters that took part, the sums of their gradients and of their curvature
+        self._sums: tuple[list[Tensor], list[Tensor | None], list[Tensor]] | None = None
         self._probes: list[Tensor] = []  # memory of the last refresh's probes, written over by the next
         super().__init__(params, options, process_group)
 
@@ -161,6 +162,27 @@ class AdaHessian(Optimizer):
         Returns:
             what the closure returned, a loss without its graph; None without a closure.
         """
+        try:
+            return self._step(closure, curvature_closure, hessian, loss_scale)
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):  # GradScaler leaves its scale behind; the next step has another
+                self.__dict__.pop(name, None)
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None and param.grad.requires_grad:  # a graph in .grad is a reference cycle
+                        param.grad = param.grad.detach()
+            raise
+
+    def _step(
+        self,
+        closure: Closure | None,
+        curvature_closure: Closure | None,
+        hessian: Sequence[Tensor | None] | None,
+        loss_scale: float | None,
+    ) -> Any:
+        if loss_scale is not None and not 0 < loss_scale < float("inf"):
+            raise ValueError(f"Invalid loss_scale: {loss_scale} (AdaHessian needs it in (0, inf))")
+        hessian = self._checked_hessian(hessian)
         refresh = hessian is not None or self._due()
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Any = getattr(self, "found_inf", None)
@@ -174,7 +196,9 @@ class AdaHessian(Optimizer):
         if self._sums is not None:
             if closure is not None or curvature_closure is not None or hessian is not None:
                 raise RuntimeError("AdaHessian: accumulate() was called: step() takes its sums and no closure")
-            (grads, curvature), self._sums = self._sums, None
+            (summed, grads, curvature), self._sums = self._sums, None
+            self._check_same_params(summed, arguments[0])
+            refresh = bool(curvature)  # accumulate() has decided
         else:
 
             def main() -> Any:  # finite differences call it again, at shifted parameters
@@ -207,9 +231,27 @@ class AdaHessian(Optimizer):
         not touched. A micro-batch that raises discards the unfinished sums with it.
         """
         sums, self._sums = self._sums, None
-        grads, curvature = sums if sums is not None else ([], [])
         arguments = self._differentiated(refresh=self._due())
-        self._sums = _C.adahessian_accumulate(grads, curvature, *arguments, loss, weight)
+        summed, grads, curvature = sums if sums is not None else (arguments[0], [], [])
+        self._check_same_params(summed, arguments[0])
+        self._sums = (summed, *_C.adahessian_accumulate(grads, curvature, *arguments, loss, weight))
+
+    def _check_same_params(self, summed: list[Tensor], now: list[Tensor]) -> None:
+        if [id(param) for param in summed] != [id(param) for param in now]:
+            raise RuntimeError(
+                "AdaHessian: the parameters that take part have changed since accumulate(); its sums are discarded"
+            )
+
+    def _checked_hessian(self, hessian: Sequence[Tensor | None] | None) -> list[Tensor | None] | None:
+        if hessian is None:
+            return None
+        entries = [] if isinstance(hessian, Tensor) else list(hessian)
+        if isinstance(hessian, Tensor) or not all(entry is None or isinstance(entry, Tensor) for entry in entries):
+            raise TypeError("AdaHessian: hessian must be a list with a tensor or None for each parameter")
+        count = sum(len(group["params"]) for group in self.param_groups)
+        if len(entries) != count:
+            raise ValueError(f"AdaHessian: hessian has {len(entries)} tensors, the optimizer {count} parameters")
+        return entries
 
     def _apply(
         self,

@@ -43,7 +43,7 @@ std::vector<at::Tensor> hutchinson(const HvpFn& product, at::TensorList params, 
   std::vector<at::Tensor> sums;
   for (int64_t s = 0; s < probes.n_samples; ++s) {
     const auto z = draw(params, probes, s);
-    const auto hz = product(z, s + 1 == probes.n_samples);
+    auto hz = product(z, s + 1 == probes.n_samples);
     if (magnitude_only && probes.n_samples == 1) return hz;
     if (s == 0) {
       for (const at::Tensor& param : params) {

@@ -1,13 +1,15 @@
 #include "curvature/hvp/hvp.h"
 
+#include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
-#include <ATen/Context.h>
-#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/function_hook.h>
 #include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/variable.h>
 #include <torch_ext/curvature/hvp.h>
 
 #include <algorithm>
+#include <memory>
 #include <unordered_set>
 #include <utility>
 
@@ -73,6 +75,26 @@ class Replay {
   std::vector<at::Generator> generators_;
 };
 
+// Takes the hooks off the parameters: they have acted on the gradient, whose graph holds what they did, and are not
+// meant for H v, on which the engine would run them again.
+class WithoutHooks {
+ public:
+  explicit WithoutHooks(at::TensorList params) : params_(params.vec()), hooks_(params.size()) { swap(); }
+  WithoutHooks(const WithoutHooks&) = delete;
+  WithoutHooks& operator=(const WithoutHooks&) = delete;
+  ~WithoutHooks() { swap(); }
+
+ private:
+  void swap() {
+    for (size_t i = 0; i < params_.size(); ++i) {
+      if (params_[i].requires_grad()) hooks_[i].swap(torch::autograd::impl::hooks(params_[i]));
+    }
+  }
+
+  std::vector<at::Tensor> params_;
+  std::vector<std::vector<std::unique_ptr<torch::autograd::FunctionPreHook>>> hooks_;
+};
+
 // The graph of a function that refuses a second derivative (once_differentiable) ends in a node that raises. As that
 // node leads to no parameter the engine would leave it out, and the curvature behind it would silently be zero.
 void refuse_dead_ends(const std::vector<at::Tensor>& outputs) {
@@ -126,6 +148,7 @@ std::vector<at::Tensor> gradients(const at::Tensor& loss, at::TensorList params,
               loss.defined() ? c10::str("shape ", loss.sizes()) : std::string("nothing: does the closure return it?"));
   TORCH_CHECK(loss.requires_grad(),
               "the loss carries no graph: compute it from the parameters with gradients enabled and do not detach it");
+  if (params.empty()) return {};  // all frozen
   const at::AutoGradMode enabled(true);
   return torch::autograd::grad({loss}, params.vec(), {}, keep_graph || create_graph, create_graph,
                                /*allow_unused=*/true);
@@ -144,6 +167,7 @@ std::vector<at::Tensor> hvp_of_gradients(at::TensorList grads, at::TensorList pa
   std::vector<at::Tensor> result;
   try {
     refuse_dead_ends(outputs);
+    const WithoutHooks guard(params);
     result = torch::autograd::grad(outputs, params.vec(), weights, keep_graph, /*create_graph=*/false,
                                    /*allow_unused=*/true);
   } catch (const std::exception& error) {  // not only c10::Error: compiled models and Python functions raise their own

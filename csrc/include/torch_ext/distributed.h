@@ -1,8 +1,10 @@
 // Data-parallel training over c10d: the one header of the pack that includes it.
 //
-//   auto store = c10::make_intrusive<c10d::FileStore>("/shared/file", world_size);
-//   auto group = c10::make_intrusive<c10d::ProcessGroupGloo>(store, rank, world_size, options);
+//   c10::intrusive_ptr<c10d::ProcessGroup> group = ...;  // or a c10d::Backend, such as ProcessGroupNCCL
 //   optimizer.set_reduce(torch_ext::mean_over(group));   // every rank then runs the raw module on its own share
+//
+// The pip packages of torch hold Gloo but not the headers that its ProcessGroupGloo.hpp includes: a C++ program that
+// makes the group itself takes those from gloo's sources, or uses NCCL's.
 #pragma once
 
 #include <torch_ext/export.h>

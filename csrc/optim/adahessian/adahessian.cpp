@@ -2,6 +2,7 @@
 #include <torch_ext/optim/adahessian.h>
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "core/list_ops.h"
@@ -134,12 +135,16 @@ at::Tensor AdaHessian::step(LossClosure closure, LossClosure curvature_closure) 
 
 at::Tensor AdaHessian::step(const AdaHessianInputs& inputs) {
   const at::NoGradGuard no_grad;
+  const double scale = inputs.loss_scale.value_or(1.0);
+  TORCH_CHECK_VALUE(scale > 0 && std::isfinite(scale), "Invalid loss_scale: ", scale,
+                    " (AdaHessian needs it in (0, inf))");
   Plan now = plan(!inputs.hessian.empty());
   if (!sums_.grads.empty()) {
     TORCH_CHECK(!inputs.closure && !inputs.curvature_closure && inputs.hessian.empty(),
                 "AdaHessian: accumulate() was called: step() takes its sums and no closure");
     Sums sums = std::exchange(sums_, {});
     check_same_params(sums.params, now.request.params);
+    now.request.refresh = !sums.curvature.empty();  // accumulate() has decided
     apply(now, std::move(sums.grads), std::move(sums.curvature), inputs);
     return {};
   }

@@ -2,6 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 
@@ -26,8 +27,8 @@ void check_all(const AdaHessianRequest& request, const std::vector<at::Tensor>& 
   }
 }
 
-// Gradients of a closure, whichever form it has, leaving .grad as found: for the evaluations of finite differences.
-std::vector<at::Tensor> isolated_gradients(const Closure& closure, const std::vector<at::Tensor>& params) {
+// A closure's gradients, whichever form it has, leaving .grad as found.
+Evaluation evaluate_isolated(const Closure& closure, const std::vector<at::Tensor>& params, bool create_graph) {
   struct Restore {
     const std::vector<at::Tensor>& params;
     std::vector<at::Tensor> grads;
@@ -39,7 +40,7 @@ std::vector<at::Tensor> isolated_gradients(const Closure& closure, const std::ve
     restore.grads.push_back(param.grad());
     param.mutable_grad().reset();
   }
-  return evaluate(closure, params, /*create_graph=*/false).grads;
+  return evaluate(closure, params, create_graph);
 }
 
 std::vector<at::Tensor> estimate(const AdaHessianRequest& request, const std::vector<at::Tensor>& grads,
@@ -63,6 +64,9 @@ std::vector<at::Tensor> external_hessian(const AdaHessianRequest& request) {
       result.push_back(at::zeros_like(param, param.options().requires_grad(false)));
       continue;
     }
+    TORCH_CHECK_TYPE(given.layout() == at::kStrided && !given.is_complex(), kName, ": hessian of ",
+                     core::describe("parameter", static_cast<size_t>(request.probes.ordinals[i]), param),
+                     " is sparse or complex");
     bool fits = given.dim() == param.dim() && given.device() == param.device();
     for (int64_t d = 0; fits && d < param.dim(); ++d) {
       fits = given.size(d) == param.size(d) || (given.size(d) != 0 && param.size(d) % given.size(d) == 0);
@@ -74,7 +78,9 @@ std::vector<at::Tensor> external_hessian(const AdaHessianRequest& request) {
     for (int64_t d = 0; d < param.dim(); ++d) {  // a reduced diagonal stands for each of its block's elements
       if (full.size(d) != param.size(d)) full = full.repeat_interleave(param.size(d) / full.size(d), d);
     }
-    result.push_back(full.to(param.scalar_type()));
+    // a wider one stays wide: second derivatives soon leave the range of float16
+    const bool same = full.scalar_type() == param.scalar_type();
+    result.push_back(same ? full : full.to(core::arithmetic_type(param.scalar_type())));
   }
   return result;
 }
@@ -117,15 +123,15 @@ AdaHessianDerivatives adahessian_derivatives(const AdaHessianRequest& request) {
     result.curvature = external_hessian(request);
   } else if (estimated && request.finite_difference) {
     const Closure& loss = request.curvature_closure ? request.curvature_closure : request.closure;
-    result.curvature = estimate(request, {}, [&] { return isolated_gradients(loss, params); });
+    result.curvature = estimate(request, {}, [&] { return evaluate_isolated(loss, params, false).grads; });
   } else if (from_main) {
     result.curvature = estimate(request, main.grads, {});
   } else if (estimated) {
-    const at::AutoGradMode enabled(true);
-    const at::Tensor loss = request.curvature_closure();
-    const auto grads = curvature::gradients(loss, params, /*create_graph=*/true, /*keep_graph=*/true);
-    check_all(request, grads);
-    result.curvature = estimate(request, grads, {});
+    const Evaluation other = evaluate_isolated(request.curvature_closure, params, /*create_graph=*/true);
+    TORCH_CHECK(!other.ran_backward || any_graph(other.grads), kName,
+                ": curvature_closure must return its loss without calling backward, or call it with create_graph=True");
+    check_all(request, other.grads);
+    result.curvature = estimate(request, other.grads, {});
   }
   for (size_t i = 0; i < params.size(); ++i) {
     at::Tensor grad = main.grads[i].defined() ? main.grads[i].detach() : at::Tensor();

@@ -2,10 +2,11 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/full.h>
+#include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -213,11 +214,12 @@ std::vector<int64_t> adahessian_reduced_shape(const at::Tensor& param, int64_t b
 void adahessian_init_state(const at::Tensor& param, const Options& options, int64_t ordinal, StateTensors& state) {
   const at::NoGradGuard no_grad;
   const int64_t block = block_of(param, options, ordinal);
+  const bool fresh = state.count("step") == 0;
   const auto blank = param.options().requires_grad(false).memory_format(c10::nullopt);
   for (auto& [name, tensor] : state) {
     if (name != "global_calls" && tensor.device() != param.device()) tensor = tensor.to(param.device());
   }
-  if (state.count("step") == 0) state["step"] = at::zeros({}, blank.dtype(at::kFloat));
+  if (fresh) state["step"] = at::zeros({}, blank.dtype(at::kFloat));
   if (state.count("exp_avg") == 0) {
     state["exp_avg"] = at::zeros_like(param, param.options().dtype(state_type(param)).requires_grad(false));
   }
@@ -228,7 +230,7 @@ void adahessian_init_state(const at::Tensor& param, const Options& options, int6
   }
   if (state.count("bias_products") == 0) {  // new, or a checkpoint that counts steps only
     const auto& betas = options.get("betas").toTupleRef().elements();
-    const double steps = state["step"].item<double>();
+    const double steps = fresh ? 0 : state["step"].item<double>();
     const auto u = static_cast<double>(options.get("update_each").toInt());
     const std::vector<double> products{std::pow(betas[0].toDouble(), steps),
                                        std::pow(betas[1].toDouble(), u * std::ceil(steps / u))};
@@ -238,6 +240,13 @@ void adahessian_init_state(const at::Tensor& param, const Options& options, int6
 
 void adahessian_check_state(const at::Tensor& param, const Options& options, const StateTensors& state) {
   const auto shape_of = [&](const char* name) { return state.find(name)->second.sizes(); };
+  for (const auto& [name, tensor] : state) {
+    TORCH_CHECK_VALUE(state.count("exp_avg") != 0 || name.rfind("global_", 0) == 0, kName, ": loaded state has ", name,
+                      " but no exp_avg: it is of another optimizer");
+    const bool counter = name == "step" || name.rfind("global_", 0) == 0;
+    const int64_t numel = counter ? 1 : name == "bias_products" ? 2 : tensor.numel();
+    TORCH_CHECK_VALUE(tensor.numel() == numel, kName, ": loaded ", name, " has shape ", tensor.sizes());
+  }
   TORCH_CHECK_VALUE(state.count("exp_avg") == state.count("exp_hessian_diag_sq"), kName,
                     ": loaded state has only one of exp_avg and exp_hessian_diag_sq: it is of another optimizer");
   TORCH_CHECK_VALUE(state.count("bias_products") == 0 || (state.count("step") != 0 && state.count("exp_avg") != 0),

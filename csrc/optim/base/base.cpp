@@ -1,3 +1,4 @@
+#include <ATen/ops/scalar_tensor.h>
 #include <ATen/ops/zeros.h>
 #include <torch/serialize/input-archive.h>
 #include <torch/serialize/output-archive.h>
@@ -28,14 +29,14 @@ c10::impl::GenericDict dict_at(const c10::IValue& dict, const std::string& key) 
 
 // The tensor on the device and in the dtype that its field wants; numbers (older checkpoints hold `step` as one) too.
 at::Tensor adopt(const Schema& schema, const std::string& name, const c10::IValue& value, const at::Tensor& param) {
-  if (!value.isTensor()) {
-    TORCH_CHECK_VALUE(value.isInt() || value.isDouble(), schema.optimizer, ": state '", name, "' is no tensor");
-    return at::scalar_tensor(value.isInt() ? static_cast<double>(value.toInt()) : value.toDouble(),
-                             param.options().dtype(at::kFloat).requires_grad(false));
-  }
-  const at::Tensor tensor = value.toTensor().detach();
+  TORCH_CHECK_VALUE(value.isTensor() || value.isInt() || value.isDouble(), schema.optimizer, ": state '", name,
+                    "' is no tensor");
+  const at::Tensor tensor =
+      value.isTensor() ? value.toTensor().detach() : at::scalar_tensor(value.toScalar(), at::kDouble);
   for (const StateField& field : schema.state) {
     if (field.name != name) continue;
+    TORCH_CHECK_VALUE(!tensor.is_complex() && tensor.layout() == at::kStrided, schema.optimizer, ": state '", name,
+                      "' is complex or sparse");
     const at::ScalarType dtype = field.dtype == StateField::DType::kInt64     ? at::kLong
                                  : field.dtype == StateField::DType::kFloat64 ? at::kDouble
                                  : field.dtype == StateField::DType::kFloat32
@@ -195,6 +196,9 @@ void OptimizerBase::load_state_dict(const c10::IValue& dict) {
                     "not an optimizer's state_dict: it has no 'param_groups'");
   if (dict.toGenericDict().contains("torch_ext")) {
     const auto about = dict_at(dict, "torch_ext");
+    const auto is = [&](const char* key, auto test) { return !about.contains(key) || (about.at(key).*test)(); };
+    TORCH_CHECK_VALUE(is("optimizer", &c10::IValue::isString) && is("format_version", &c10::IValue::isInt),
+                      "state_dict: 'torch_ext' must hold an optimizer's name and an integer format_version");
     const std::string writer = about.contains("optimizer") ? about.at("optimizer").toStringRef() : "?";
     TORCH_CHECK_VALUE(writer == schema().optimizer, "this state_dict is of ", writer, ", not of ", schema().optimizer);
     const int64_t version = about.contains("format_version") ? about.at("format_version").toInt() : 1;
@@ -208,6 +212,7 @@ void OptimizerBase::load_state_dict(const c10::IValue& dict) {
   // Everything is made ready before anything is changed.
   std::vector<std::unique_ptr<torch::optim::OptimizerOptions>> new_options;
   std::vector<std::pair<at::Tensor, std::unique_ptr<ParamState>>> new_state;
+  std::set<int64_t> listed;
   for (size_t g = 0; g < groups.size(); ++g) {
     TORCH_CHECK_VALUE(groups[g].isGenericDict(), "state_dict: parameter group ", g, " is not a dict");
     const auto saved = groups[g].toGenericDict();
@@ -232,6 +237,8 @@ void OptimizerBase::load_state_dict(const c10::IValue& dict) {
     options.check();
     new_options.push_back(std::move(fresh));
     for (size_t i = 0; i < params.size(); ++i) {
+      TORCH_CHECK_VALUE(indices[i].isInt(), "state_dict: 'params' of group ", g, " holds something else than indices");
+      listed.insert(indices[i].toInt());
       if (!state.contains(indices[i])) continue;
       auto made = std::make_unique<ParamState>();
       TORCH_CHECK_VALUE(state.at(indices[i]).isGenericDict(), "state_dict: the state of parameter ", indices[i].toInt(),
@@ -243,6 +250,13 @@ void OptimizerBase::load_state_dict(const c10::IValue& dict) {
       check_state(params[i], options, made->tensors);
       new_state.emplace_back(params[i], std::move(made));
     }
+  }
+  for (const auto& item : state) {
+    const c10::IValue& index = item.key();
+    const bool digits = index.isString() && !index.toStringRef().empty() &&
+                        index.toStringRef().find_first_not_of("0123456789") == std::string::npos;
+    TORCH_CHECK_VALUE(!digits && (!index.isInt() || listed.count(index.toInt()) != 0),
+                      "loaded state dict has state of parameter ", index, ", which none of its groups lists");
   }
   state_.clear();
   for (auto& [param, made] : new_state) state_[param.unsafeGetTensorImpl()] = std::move(made);

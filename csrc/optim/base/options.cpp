@@ -23,6 +23,9 @@ void check_range(const Schema& schema, const Field& field, double x) {
 }
 
 double number(const Schema& schema, const Field& field, const c10::IValue& value) {
+  if (value.isTensor() && value.toTensor().numel() == 1) {  // Python's learning rate may be one
+    return number(schema, field, value.toTensor().item<double>());
+  }
   TORCH_CHECK_TYPE(value.isDouble() || value.isInt(), schema.optimizer, ": option ", field.name,
                    " must be a number, got ", value.tagKind());
   const double x = value.isInt() ? static_cast<double>(value.toInt()) : value.toDouble();

@@ -539,6 +539,9 @@ TEST(AdaHessianLeak, NoGraphOutlivesAStep) {
 }
 
 TEST(AdaHessianLeak, RebuiltModelsDoNotAddUp) {
+#if defined(__SANITIZE_ADDRESS__)
+  GTEST_SKIP() << "AddressSanitizer keeps freed memory in quarantine; its own leak check covers this";
+#endif
   const auto once = [](bool backward) {
     torch::nn::Sequential model(torch::nn::Linear(64, 256), torch::nn::Tanh(), torch::nn::Linear(256, 10));
     AdaHessian optimizer(model->parameters());

@@ -792,13 +792,7 @@ def test_hooks_run_in_order(case: Case) -> None:
     case.step(optimizer, closure)
     assert calls.count("closure") >= 1
     calls = [c for c in calls if c != "closure"]
-    assert calls == ["global pre", "step pre 1", "step pre 2", "step post", "global post"] or calls == [
-        "step pre 1",
-        "step pre 2",
-        "global pre",
-        "step post",
-        "global post",
-    ]
+    assert calls == ["global pre", "step pre 1", "step pre 2", "step post", "global post"]
     calls = []
     for handle in handles:
         handle.remove()
@@ -997,7 +991,8 @@ def test_grad_scaler_unscaled(case: Case) -> None:
             before = bits([scaled, b.state_dict()])
             with pytest.raises(RuntimeError, match=r"loss_scale=scaler\.get_scale\(\)"):
                 scaler.step(b)
-            del b.grad_scale, b.found_inf  # what GradScaler leaves behind when a step raises
+            assert not hasattr(b, "grad_scale")  # which GradScaler leaves behind when a step raises
+            assert not hasattr(b, "found_inf")
             assert bits([scaled, b.state_dict()]) == before
             scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
             backward_scaled(case, b, scaler, scaled)

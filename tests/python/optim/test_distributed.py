@@ -65,9 +65,12 @@ def run_ranks(check: Callable[..., None], world: int, folder: Path, *arguments: 
 
 def start_rank(rank: int, world: int, store: str, check: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
+    meeting = dist.FileStore(store, world)
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world)
     try:
         check(rank, world, *arguments)
+        meeting.set(f"finished {rank}", "yes")  # nobody hangs up while another still listens
+        meeting.wait([f"finished {other}" for other in range(world)])
     finally:
         dist.destroy_process_group()
 
