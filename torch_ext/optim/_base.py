@@ -33,6 +33,7 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: ParamsT, options: dict[str, Any], process_group: ProcessGroup | None) -> None:
         self._process_group = process_group
         self._lost_process_group = False
+        self._seen_options: dict[int, dict[str, Any]] = {}  # of each group, as the last step found them
         super().__init__(params, {**options, **self._checked(options)})
 
     # --- options -----------------------------------------------------------------------------------------------------
@@ -50,6 +51,26 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(lr, Tensor):
             checked["lr"] = lr
         return checked
+
+    def _check_edited_options(self) -> None:
+        """Options edited in ``param_groups`` since the last step: ValueError or TypeError if they are wrong."""
+        for number, group in enumerate(self.param_groups):
+            values = {field["name"]: group[field["name"]] for field in _schema(self._name)["fields"]}
+            if isinstance(values["lr"], Tensor):
+                del values["lr"]  # reading it could wait for the device
+            if self._seen_options.get(number) == values:
+                continue
+            self._checked(values)
+            for field in _schema(self._name)["fields"]:
+                name = field["name"]
+                if field["global"] and group[name] != self.param_groups[0][name]:
+                    raise ValueError(
+                        f"{self._name}: option {name} is the same for all parameters and differs in a group"
+                    )
+            for param in group["params"]:
+                state = self.state.get(param, {})
+                self._check_state(param, group, {k: v for k, v in state.items() if isinstance(v, Tensor)})
+            self._seen_options[number] = values
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; options that it does not name are the defaults.
@@ -244,6 +265,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._seen_options = {}
         self.__dict__.setdefault("_process_group", None)
         self.__dict__.setdefault("_lost_process_group", False)
         self.defaults.pop("differentiable", None)

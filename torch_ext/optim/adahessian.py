@@ -183,6 +183,7 @@ class AdaHessian(Optimizer):
         if loss_scale is not None and not 0 < loss_scale < float("inf"):
             raise ValueError(f"Invalid loss_scale: {loss_scale} (AdaHessian needs it in (0, inf))")
         hessian = self._checked_hessian(hessian)
+        self._check_edited_options()
         refresh = hessian is not None or self._due()
         grad_scale: Tensor | None = getattr(self, "grad_scale", None)
         found_inf: Any = getattr(self, "found_inf", None)

@@ -306,3 +306,42 @@ def test_numbers_are_loaded_in_the_dtype_of_their_field(language: str) -> None:
     optimizer.load_state_dict(saved)
     state = optimizer.state_dict()["state"][0]
     assert (state["global_calls"].dtype, state["step"].dtype) == (torch.int64, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("linear_averaging", "foo"),
+        ("betas", (1.0, 0.9)),
+        ("max_update", -1.0),
+        ("hessian_power", 7.0),
+        ("n_samples", 0),
+        ("update_each", 0),
+        ("lr", -1.0),
+    ],
+)
+def test_edited_options_are_checked(option: str, value: Any) -> None:
+    p = torch.tensor([[1.0, 2.0]], requires_grad=True)
+    optimizer = AdaHessian([p])
+    optimizer.step(lambda: (p**2).sum())
+    before = p.detach().clone()
+    optimizer.param_groups[0][option] = value
+    with pytest.raises(ValueError, match=option):
+        optimizer.step(lambda: (p**2).sum())
+    assert torch.equal(p, before)
+
+
+def test_edited_options_are_checked_before_any_group_moves() -> None:
+    a, b = (torch.ones(2, 4, requires_grad=True) for _ in range(2))
+    optimizer = AdaHessian([{"params": [a]}, {"params": [b]}])
+    optimizer.step(lambda: (a**2 + b**2).sum())
+    before = a.detach().clone()
+    optimizer.param_groups[1]["linear_averaging"] = "row"  # its second moments have another shape
+    with pytest.raises(ValueError, match="exp_hessian_diag_sq"):
+        optimizer.step(lambda: (a**2 + b**2).sum())
+    assert torch.equal(a, before)
+    optimizer.param_groups[1]["linear_averaging"] = "none"
+    optimizer.param_groups[1]["seed"] = 5
+    with pytest.raises(ValueError, match="seed is the same for all parameters"):
+        optimizer.step(lambda: (a**2 + b**2).sum())
+    assert torch.equal(a, before)
