@@ -1,4 +1,4 @@
-// Interleaved pairs on a noisy machine: every round runs each side once, in rotating order; what is reported is the
+// Interleaved pairs on a noisy machine: every round runs each side once, in random order; what is reported is the
 // median over rounds of the per-round ratio, next to the ratio of a side to itself, which says how far to trust it.
 #pragma once
 
@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <chrono>
 #include <functional>
+#include <numeric>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -34,11 +36,14 @@ struct Side {
 inline void report_pairs(benchmark::State& state, const std::vector<Side>& sides, int rounds = 21, int inner = 1) {
   for (auto _ : state) {
     std::vector<std::vector<double>> ratio(sides.size()), time(sides.size());
+    std::mt19937 generator(0);  // a fixed order would give each side the same predecessor's cache and heap
     for (const Side& side : sides) side.run();
     for (int round = 0; round < rounds; ++round) {
       std::vector<double> t(sides.size() + 1);
-      for (size_t k = 0; k <= sides.size(); ++k) {
-        const size_t slot = (k + static_cast<size_t>(round)) % (sides.size() + 1);
+      std::vector<size_t> order(sides.size() + 1);
+      std::iota(order.begin(), order.end(), size_t{0});
+      std::shuffle(order.begin(), order.end(), generator);
+      for (const size_t slot : order) {
         const Side& side = sides[slot == sides.size() ? 0 : slot];
         t[slot] = seconds([&] {
           for (int i = 0; i < inner; ++i) side.run();

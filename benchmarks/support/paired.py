@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -14,7 +15,9 @@ Side = tuple[Callable[[], object], int]  # what to run, and how many iterations 
 
 
 def rounds(sides: dict[str, Side], count: int = 15) -> dict[str, list[float]]:
-    """Seconds per iteration of every side in every round; the order rotates from round to round.
+    """Seconds per iteration of every side in every round; the order is drawn anew for each round.
+
+    A fixed order would give each side the same predecessor, whose traces in cache and heap then count as its own.
 
     The first side runs twice a round, the second time as ``self``: ``self`` / first says how far to trust a ratio.
     """
@@ -25,8 +28,7 @@ def rounds(sides: dict[str, Side], count: int = 15) -> dict[str, list[float]]:
     names = list(everything)
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(count):
-        for k in range(len(names)):
-            name = names[(k + number) % len(names)]
+        for name in random.Random(number).sample(names, len(names)):
             run, iterations = everything[name]
             start = time.perf_counter()
             run()

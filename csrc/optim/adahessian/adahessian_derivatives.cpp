@@ -109,6 +109,7 @@ AdaHessianDerivatives adahessian_derivatives(const AdaHessianRequest& request) {
   check_all(request, main.grads);
   AdaHessianDerivatives result;
   result.loss = main.loss.defined() ? main.loss.detach() : main.loss;
+  main.loss.reset();  // what only the loss keeps alive is freed before the second backward
   const bool none = std::none_of(main.grads.begin(), main.grads.end(), [](const auto& g) { return g.defined(); });
   if (none) {
     result.grads.resize(params.size());
