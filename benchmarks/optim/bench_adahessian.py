@@ -247,6 +247,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
     arguments = parser.parse_args()
+    paired.steady_heap()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     small = Task(mlp, torch.randn(32, 512), torch.randint(10, (32,)))
