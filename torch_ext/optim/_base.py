@@ -158,6 +158,15 @@ class Optimizer(torch.optim.Optimizer):
     def _check_state(self, param: Tensor, options: dict[str, Any], state: dict[str, Tensor]) -> None:
         """ValueError if loaded state does not fit the parameter."""
 
+    def _abandon_step(self) -> None:
+        """What every step() does before an exception leaves it."""
+        for name in ("grad_scale", "found_inf"):  # GradScaler leaves its scale behind; the next step has another
+            self.__dict__.pop(name, None)
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param.grad.requires_grad:  # a graph in .grad is a reference cycle
+                    param.grad = param.grad.detach()
+
     # --- saving and loading ------------------------------------------------------------------------------------------
 
     @_disable_dynamo

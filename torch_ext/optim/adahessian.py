@@ -165,12 +165,7 @@ class AdaHessian(Optimizer):
         try:
             return self._step(closure, curvature_closure, hessian, loss_scale)
         except BaseException:
-            for name in ("grad_scale", "found_inf"):  # GradScaler leaves its scale behind; the next step has another
-                self.__dict__.pop(name, None)
-            for group in self.param_groups:
-                for param in group["params"]:
-                    if param.grad is not None and param.grad.requires_grad:  # a graph in .grad is a reference cycle
-                        param.grad = param.grad.detach()
+            self._abandon_step()
             raise
 
     def _step(
