@@ -69,7 +69,23 @@ def adahessian_accumulate(
     weight: float,
     /,
 ) -> tuple[list[Tensor | None], list[Tensor]]: ...
-def adahessian_init_state(
-    param: Tensor, options: dict[str, Any], ordinal: int, state: dict[str, Tensor], /
-) -> dict[str, Tensor]: ...
+def adahessian_check_loss_scale(scale: float, /) -> None: ...
+def adahessian_check_same_params(summed: Sequence[Tensor], now: Sequence[Tensor], /) -> None: ...
+def adahessian_apply(
+    params: Sequence[Tensor],
+    ordinals: Sequence[int],
+    owners: Sequence[int],
+    grads: Sequence[Tensor | None],
+    curvature: Sequence[Tensor],
+    states: list[dict[str, Any] | None],
+    groups: list[dict[str, Any]],
+    refresh: bool,
+    found_inf: Tensor | None,
+    skipped: Tensor,
+    grad_scale: Tensor | None,
+    loss_scale: float,
+    grads_unscaled: bool,
+    external_curvature: bool,
+    /,
+) -> None: ...
 def adahessian_check_state(param: Tensor, options: dict[str, Any], state: dict[str, Tensor], /) -> None: ...

@@ -61,16 +61,21 @@ class Optimizer(torch.optim.Optimizer):
             if self._seen_options.get(number) == values:
                 continue
             self._checked(values)
-            for field in _schema(self._name)["fields"]:
-                name = field["name"]
-                if field["global"] and group[name] != self.param_groups[0][name]:
-                    raise ValueError(
-                        f"{self._name}: option {name} is the same for all parameters and differs in a group"
-                    )
+            self._check_shared(group, self.param_groups[0])
             for param in group["params"]:
                 state = self.state.get(param, {})
                 self._check_state(param, group, {k: v for k, v in state.items() if isinstance(v, Tensor)})
             self._seen_options[number] = values
+
+    def _shared_options(self) -> list[str]:
+        return [field["name"] for field in _schema(self._name)["fields"] if field["global"]]
+
+    def _check_shared(self, group: Mapping[str, Any], first: Mapping[str, Any]) -> None:
+        for name in self._shared_options():
+            if group[name] != first[name]:
+                raise ValueError(
+                    f"{self._name}: option {name} is the same for all parameters and cannot differ in a group"
+                )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group; options that it does not name are the defaults.
@@ -85,14 +90,10 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError("optimizer parameters need to be organized in ordered collections: use a list, not a set")
         params = [params] if isinstance(params, Tensor) else list(params)
         first = self.param_groups[0] if self.param_groups else self.defaults
-        shared = {f["name"]: first[f["name"]] for f in _schema(self._name)["fields"] if f["global"]}
+        shared = {name: first[name] for name in self._shared_options()}
         group = {**self.defaults, **shared, **param_group, "params": params}
         group = {**group, **self._checked(group)}
-        for name, value in shared.items():
-            if group[name] != value:
-                raise ValueError(
-                    f"{self._name}: option {name} is the same for all parameters and cannot differ in a group"
-                )
+        self._check_shared(group, shared)
         for number, param in enumerate(p[1] if isinstance(p, tuple) else p for p in params):
             if type(param).__module__.startswith("torch.distributed.tensor"):
                 raise TypeError(f"{self._name} does not support DTensor parameters: parameter {number} of the group")

@@ -175,8 +175,8 @@ class AdaHessian(Optimizer):
         hessian: Sequence[Tensor | None] | None,
         loss_scale: float | None,
     ) -> Any:
-        if loss_scale is not None and not 0 < loss_scale < float("inf"):
-            raise ValueError(f"Invalid loss_scale: {loss_scale} (AdaHessian needs it in (0, inf))")
+        if loss_scale is not None:
+            _C.adahessian_check_loss_scale(loss_scale)
         hessian = self._checked_hessian(hessian)
         self._check_edited_options()
         refresh = hessian is not None or self._due()
@@ -193,7 +193,7 @@ class AdaHessian(Optimizer):
             if closure is not None or curvature_closure is not None or hessian is not None:
                 raise RuntimeError("AdaHessian: accumulate() was called: step() takes its sums and no closure")
             (summed, grads, curvature), self._sums = self._sums, None
-            self._check_same_params(summed, arguments[0])
+            _C.adahessian_check_same_params(summed, arguments[0])
             refresh = bool(curvature)  # accumulate() has decided
         else:
 
@@ -208,15 +208,15 @@ class AdaHessian(Optimizer):
                 *arguments, main if closure is not None else None, curvature_closure, hessian, needs_scale, self._probes
             )
         self._apply(
-            arguments[1],
+            *arguments[:2],
             grads,
             curvature,
+            grad_scale,
+            1.0 if loss_scale is None else float(loss_scale),
+            unscaled,
+            hessian is not None,
             refresh=refresh,
-            grad_scale=grad_scale,
             found_inf=found_inf,
-            loss_scale=1.0 if loss_scale is None else float(loss_scale),
-            grads_unscaled=unscaled,
-            external_curvature=hessian is not None,
         )
         return returned[0] if returned else None
 
@@ -229,14 +229,8 @@ class AdaHessian(Optimizer):
         sums, self._sums = self._sums, None
         arguments = self._differentiated(refresh=self._due())
         summed, grads, curvature = sums if sums is not None else (arguments[0], [], [])
-        self._check_same_params(summed, arguments[0])
+        _C.adahessian_check_same_params(summed, arguments[0])
         self._sums = (summed, *_C.adahessian_accumulate(grads, curvature, *arguments, loss, weight))
-
-    def _check_same_params(self, summed: list[Tensor], now: list[Tensor]) -> None:
-        if [id(param) for param in summed] != [id(param) for param in now]:
-            raise RuntimeError(
-                "AdaHessian: the parameters that take part have changed since accumulate(); its sums are discarded"
-            )
 
     def _checked_hessian(self, hessian: Sequence[Tensor | None] | None) -> list[Tensor | None] | None:
         if hessian is None:
@@ -244,72 +238,41 @@ class AdaHessian(Optimizer):
         entries = [] if isinstance(hessian, Tensor) else list(hessian)
         if isinstance(hessian, Tensor) or not all(entry is None or isinstance(entry, Tensor) for entry in entries):
             raise TypeError("AdaHessian: hessian must be a list with a tensor or None for each parameter")
-        count = sum(len(group["params"]) for group in self.param_groups)
-        if len(entries) != count:
-            raise ValueError(f"AdaHessian: hessian has {len(entries)} tensors, the optimizer {count} parameters")
         return entries
 
     def _apply(
         self,
+        params: list[Tensor],
         ordinals: list[int],
         grads: list[Tensor | None],
         curvature: list[Tensor],
-        *,
+        *scaling: Any,
         refresh: bool,
-        grad_scale: Tensor | None,
         found_inf: Tensor | None,
-        **scaling: Any,
     ) -> None:
-        """The update from gradients and curvature: all checks and state first, then one op per group."""
-        present = {i: grad for i, grad in zip(ordinals, grads, strict=True) if grad is not None}
+        """The update from gradients and curvature."""
+        present = [grad for grad in grads if grad is not None]
         if not present:
             return
-        read = self._mean_over_processes([*present.values(), *curvature])
-        values = dict(zip(present, read, strict=False))
-        diagonals = dict(zip(ordinals, read[len(present) :], strict=False))
-        ordinal, work = 0, []
-        for group in self.param_groups:
-            rows = []
-            for param in group["params"]:
-                grad = values.get(ordinal)
-                if grad is not None:
-                    rows.append((param, grad, diagonals.get(ordinal), *self._ready_state(param, group, ordinal)))
-                ordinal += 1
-            if rows:
-                work.append((group, [list(column) for column in zip(*rows, strict=True)]))
-        nonfinite = torch.ops.torch_ext.count_nonfinite_(read, found_inf, self._counter("global_skipped"))
-        for group, (params, gradients, second_derivatives, *states) in work:
-            torch.ops.torch_ext.adahessian_step_(
-                params,
-                gradients,
-                second_derivatives if refresh else [],
-                *states,
-                nonfinite,
-                grad_scale,
-                lr=float(group["lr"]),
-                beta1=group["betas"][0],
-                beta2=group["betas"][1],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                hessian_power=group["hessian_power"],
-                max_update=group["max_update"],
-                linear_averaging=group["linear_averaging"],
-                block_size=group["block_size"],
-                average_conv=group["average_conv"],
-                averaging=group["averaging"],
-                update_each=group["update_each"],
-                refresh=refresh,
-                maximize=group["maximize"],
-                **scaling,
-            )
+        if self._process_group is not None or self._lost_process_group:
+            reduced = iter(self._mean_over_processes([*present, *curvature]))
+            grads = [None if grad is None else next(reduced) for grad in grads]
+            curvature = list(reduced)
+        owners = [number for number, group in enumerate(self.param_groups) for _ in group["params"]]
+        _C.adahessian_apply(
+            params,
+            ordinals,
+            [owners[ordinal] for ordinal in ordinals],
+            grads,
+            curvature,
+            [None if grad is None else self.state[param] for param, grad in zip(params, grads, strict=True)],
+            [{**group, "lr": float(group["lr"])} for group in self.param_groups],
+            refresh,
+            found_inf,
+            self._counter("global_skipped"),
+            *scaling,
+        )
         self._counter("global_calls", on_cpu=True).add_(1)
-
-    def _ready_state(self, param: Tensor, group: dict[str, Any], ordinal: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        state = self.state[param]
-        if "bias_products" not in state or state["exp_avg"].device != param.device:
-            tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-            state.update(_C.adahessian_init_state(param, group, ordinal, tensors))
-        return state["exp_avg"], state["exp_hessian_diag_sq"], state["step"], state["bias_products"]
 
     def _check_state(self, param: Tensor, options: dict[str, Any], state: dict[str, Tensor]) -> None:
         _C.adahessian_check_state(param, options, state)

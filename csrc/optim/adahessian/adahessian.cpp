@@ -2,10 +2,8 @@
 #include <torch_ext/optim/adahessian.h>
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
-#include "core/list_ops.h"
 #include "optim/adahessian/adahessian_derivatives.h"
 #include "optim/adahessian/adahessian_op.h"
 
@@ -20,13 +18,6 @@ std::vector<torch::optim::OptimizerParamGroup> one_group(std::vector<at::Tensor>
 void check_combinations(const Options& options) {
   TORCH_CHECK_VALUE(options.get("linear_averaging").toStringRef() != "block" || options.get("block_size").toInt() >= 1,
                     "Invalid block_size: linear_averaging=\"block\" needs block_size >= 1");
-}
-
-void check_same_params(const std::vector<at::Tensor>& summed, const std::vector<at::Tensor>& now) {
-  const bool same = std::equal(summed.begin(), summed.end(), now.begin(), now.end(),
-                               [](const at::Tensor& a, const at::Tensor& b) { return a.is_same(b); });
-  TORCH_CHECK(same,
-              "AdaHessian: the parameters that take part have changed since accumulate(); its sums are discarded");
 }
 
 }  // namespace
@@ -135,20 +126,18 @@ at::Tensor AdaHessian::step(LossClosure closure, LossClosure curvature_closure) 
 
 at::Tensor AdaHessian::step(const AdaHessianInputs& inputs) {
   const at::NoGradGuard no_grad;
-  const double scale = inputs.loss_scale.value_or(1.0);
-  TORCH_CHECK_VALUE(scale > 0 && std::isfinite(scale), "Invalid loss_scale: ", scale,
-                    " (AdaHessian needs it in (0, inf))");
+  if (inputs.loss_scale.has_value()) adahessian_check_loss_scale(*inputs.loss_scale);
   Plan now = plan(!inputs.hessian.empty());
   if (!sums_.grads.empty()) {
     TORCH_CHECK(!inputs.closure && !inputs.curvature_closure && inputs.hessian.empty(),
                 "AdaHessian: accumulate() was called: step() takes its sums and no closure");
     Sums sums = std::exchange(sums_, {});
-    check_same_params(sums.params, now.request.params);
+    adahessian_check_same_params(sums.params, now.request.params);
     now.request.refresh = !sums.curvature.empty();  // accumulate() has decided
     apply(now, std::move(sums.grads), std::move(sums.curvature), inputs);
     return {};
   }
-  now.request.hessian = inputs.hessian;
+  if (!inputs.hessian.empty()) now.request.hessian = inputs.hessian;
   now.request.closure = inputs.closure;
   now.request.curvature_closure = inputs.curvature_closure;
   now.request.probes.workspace = &probes_;
@@ -160,21 +149,16 @@ at::Tensor AdaHessian::step(const AdaHessianInputs& inputs) {
 void AdaHessian::accumulate(const at::Tensor& loss, double weight) {
   Sums before = std::exchange(sums_, {});  // a micro-batch that throws discards the unfinished sums with it
   const AdaHessianRequest request = plan(/*external=*/false).request;
-  if (!before.grads.empty()) check_same_params(before.params, request.params);
+  if (!before.grads.empty()) adahessian_check_same_params(before.params, request.params);
   AdaHessianSums sums{std::move(before.grads), std::move(before.curvature)};
   adahessian_accumulate(sums, request, loss, weight);
   sums_ = {request.params, std::move(sums.grads), std::move(sums.curvature)};
 }
 
-// Tensors of one group that take part in the update.
-struct AdaHessian::Lists {
-  std::vector<at::Tensor> params, grads, curvature, exp_avg, second, steps, bias_products;
-};
-
 void AdaHessian::apply(const Plan& plan, std::vector<at::Tensor> grads, std::vector<at::Tensor> curvature,
                        const AdaHessianInputs& inputs) {
   std::vector<at::Tensor> all;
-  std::vector<Lists> groups(param_groups_.size());
+  std::vector<AdaHessianLists> groups(param_groups_.size());
   for (size_t i = 0; i < plan.entries.size(); ++i) {
     if (grads[i].defined()) all.push_back(grads[i]);
   }
@@ -197,30 +181,20 @@ void AdaHessian::apply(const Plan& plan, std::vector<at::Tensor> grads, std::vec
       adahessian_init_state(entry.param, group_options(entry.group), entry.ordinal, state);
       bias = state.find("bias_products");
     }
-    Lists& lists = groups[entry.group];
+    AdaHessianLists& lists = groups[entry.group];
     lists.params.push_back(entry.param);
     lists.grads.push_back(grads[i]);
     if (plan.request.refresh) lists.curvature.push_back(curvature[i]);
     lists.exp_avg.push_back(state.find("exp_avg")->second);
-    lists.second.push_back(state.find("exp_hessian_diag_sq")->second);
+    lists.exp_hessian_diag_sq.push_back(state.find("exp_hessian_diag_sq")->second);
     lists.steps.push_back(state.find("step")->second);
     lists.bias_products.push_back(bias->second);
   }
-  const at::Tensor nonfinite = core::count_nonfinite_(all, std::nullopt, global_counter("global_skipped"));
-  for (size_t g = 0; g < groups.size(); ++g) {
-    const Lists& lists = groups[g];
-    if (lists.params.empty()) continue;
-    const Options& o = group_options(g);
-    const auto& betas = o.get("betas").toTupleRef().elements();
-    adahessian_step_(lists.params, lists.grads, lists.curvature, lists.exp_avg, lists.second, lists.steps,
-                     lists.bias_products, nonfinite, std::nullopt, o.get("lr").toDouble(), betas[0].toDouble(),
-                     betas[1].toDouble(), o.get("eps").toDouble(), o.get("weight_decay").toDouble(),
-                     o.get("hessian_power").toDouble(), o.get("max_update").toOptional<double>(),
-                     o.get("linear_averaging").toStringRef(), o.get("block_size").toInt(),
-                     o.get("average_conv").toBool(), o.get("averaging").toStringRef(), o.get("update_each").toInt(),
-                     plan.request.refresh, o.get("maximize").toBool(), inputs.loss_scale.value_or(1.0),
-                     /*grads_unscaled=*/false, /*external_curvature=*/!inputs.hessian.empty());
-  }
+  std::vector<const Options*> options;
+  for (size_t g = 0; g < groups.size(); ++g) options.push_back(&group_options(g));
+  const AdaHessianScaling scaling{std::nullopt, inputs.loss_scale.value_or(1.0), /*grads_unscaled=*/false,
+                                  /*external_curvature=*/!inputs.hessian.empty()};
+  adahessian_apply(groups, options, all, std::nullopt, global_counter("global_skipped"), plan.request.refresh, scaling);
   global_counter("global_calls").add_(1);
 }
 

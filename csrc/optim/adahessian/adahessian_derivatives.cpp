@@ -5,6 +5,7 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
+#include <cmath>
 
 #include "core/check.h"
 #include "core/list_ops.h"
@@ -54,12 +55,10 @@ std::vector<at::Tensor> estimate(const AdaHessianRequest& request, const std::ve
 }
 
 std::vector<at::Tensor> external_hessian(const AdaHessianRequest& request) {
-  TORCH_CHECK_VALUE(request.hessian.size() == request.n_params, kName, ": hessian has ", request.hessian.size(),
-                    " tensors, the optimizer ", request.n_params, " parameters");
   std::vector<at::Tensor> result;
   for (size_t i = 0; i < request.params.size(); ++i) {
     const at::Tensor& param = request.params[i];
-    const at::Tensor& given = request.hessian[static_cast<size_t>(request.probes.ordinals[i])];
+    const at::Tensor& given = (*request.hessian)[static_cast<size_t>(request.probes.ordinals[i])];
     if (!given.defined()) {
       result.push_back(at::zeros_like(param, param.options().requires_grad(false)));
       continue;
@@ -87,10 +86,21 @@ std::vector<at::Tensor> external_hessian(const AdaHessianRequest& request) {
 
 }  // namespace
 
+void adahessian_check_loss_scale(double scale) {
+  TORCH_CHECK_VALUE(scale > 0 && std::isfinite(scale), "Invalid loss_scale: ", scale, " (", kName,
+                    " needs it in (0, inf))");
+}
+
+void adahessian_check_same_params(const std::vector<at::Tensor>& summed, const std::vector<at::Tensor>& now) {
+  const bool same = std::equal(summed.begin(), summed.end(), now.begin(), now.end(),
+                               [](const at::Tensor& a, const at::Tensor& b) { return a.is_same(b); });
+  TORCH_CHECK(same, kName, ": the parameters that take part have changed since accumulate(); its sums are discarded");
+}
+
 AdaHessianDerivatives adahessian_derivatives(const AdaHessianRequest& request) {
   const std::vector<at::Tensor>& params = request.params;
   const DetachGradients detach(params);
-  const bool estimated = request.refresh && request.hessian.empty();
+  const bool estimated = request.refresh && !request.hessian.has_value();
   const bool second_order = estimated && !request.finite_difference;
   const bool from_main = second_order && !request.curvature_closure;
   TORCH_CHECK(!estimated || !request.finite_difference || request.closure || request.curvature_closure, kName,
@@ -98,6 +108,10 @@ AdaHessianDerivatives adahessian_derivatives(const AdaHessianRequest& request) {
   TORCH_CHECK(!from_main || !request.scaler_unscaled, kName,
               ": GradScaler has unscaled .grad, but second derivatives still carry its scale: pass "
               "loss_scale=scaler.get_scale() to step()");
+
+  TORCH_CHECK_VALUE(!request.hessian.has_value() || request.hessian->size() == request.n_params, kName,
+                    ": hessian has ", request.hessian->size(), " tensors, the optimizer ", request.n_params,
+                    " parameters");
 
   Evaluation main;
   if (request.closure) {
@@ -120,7 +134,7 @@ AdaHessianDerivatives adahessian_derivatives(const AdaHessianRequest& request) {
               "loss.backward(create_graph=True) (opt.is_second_order says when), or pass a closure that returns the "
               "loss without calling backward");
 
-  if (!request.hessian.empty()) {
+  if (request.hessian.has_value()) {
     result.curvature = external_hessian(request);
   } else if (estimated && request.finite_difference) {
     const Closure& loss = request.curvature_closure ? request.curvature_closure : request.closure;

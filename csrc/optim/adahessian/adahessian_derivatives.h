@@ -21,9 +21,8 @@ struct AdaHessianRequest {
   bool finite_difference;  // instead of double backward
   bool magnitude_only;     // no group averages signed values
   bool scaler_unscaled;    // a GradScaler has divided .grad by a scale that second derivatives still carry
-  std::vector<at::Tensor>
-      hessian;      // the user's (averaged) Hessian diagonal: one per parameter of the optimizer, or none
-  size_t n_params;  // of the optimizer, those included that need no gradient
+  std::optional<std::vector<at::Tensor>> hessian;  // the user's (averaged) diagonal: one per parameter of the optimizer
+  size_t n_params;                                 // of the optimizer, those included that need no gradient
   Closure closure, curvature_closure;
 };
 
@@ -32,6 +31,12 @@ struct AdaHessianDerivatives {
   std::vector<at::Tensor> grads;      // undefined where a parameter has none; without graph
   std::vector<at::Tensor> curvature;  // empty unless refresh
 };
+
+// Checks that both languages make before anything runs: ValueError unless the scale is in (0, inf); RuntimeError if the
+// parameters that take part are no longer those whose gradients accumulate() has summed.
+TORCH_EXT_API void adahessian_check_loss_scale(double scale);
+TORCH_EXT_API void adahessian_check_same_params(const std::vector<at::Tensor>& summed,
+                                                const std::vector<at::Tensor>& now);
 
 TORCH_EXT_API AdaHessianDerivatives adahessian_derivatives(const AdaHessianRequest& request);
 

@@ -12,6 +12,7 @@
 
 #include "core/check.h"
 #include "core/library.h"
+#include "core/list_ops.h"
 #include "core/multi_tensor_cpu.h"
 #include "optim/adahessian/adahessian_kernel.h"
 
@@ -276,6 +277,26 @@ void adahessian_step_(at::TensorList params, at::TensorList grads, at::TensorLis
   op.call(params, grads, curvature, exp_avg, exp_hessian_diag_sq, steps, bias_products, nonfinite, grad_scale, lr,
           beta1, beta2, eps, weight_decay, hessian_power, max_update, linear_averaging, block_size, average_conv,
           averaging, update_each, refresh, maximize, loss_scale, grads_unscaled, external_curvature);
+}
+
+void adahessian_apply(const std::vector<AdaHessianLists>& groups, const std::vector<const Options*>& options,
+                      at::TensorList read, const std::optional<at::Tensor>& found_inf, const at::Tensor& skipped,
+                      bool refresh, const AdaHessianScaling& scaling) {
+  const at::Tensor nonfinite = core::count_nonfinite_(read, found_inf, skipped);
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const AdaHessianLists& lists = groups[g];
+    if (lists.params.empty()) continue;
+    const Options& o = *options[g];
+    const auto& betas = o.get("betas").toTupleRef().elements();
+    adahessian_step_(lists.params, lists.grads, lists.curvature, lists.exp_avg, lists.exp_hessian_diag_sq, lists.steps,
+                     lists.bias_products, nonfinite, scaling.grad_scale, o.get("lr").toDouble(), betas[0].toDouble(),
+                     betas[1].toDouble(), o.get("eps").toDouble(), o.get("weight_decay").toDouble(),
+                     o.get("hessian_power").toDouble(), o.get("max_update").toOptional<double>(),
+                     o.get("linear_averaging").toStringRef(), o.get("block_size").toInt(),
+                     o.get("average_conv").toBool(), o.get("averaging").toStringRef(), o.get("update_each").toInt(),
+                     refresh, o.get("maximize").toBool(), scaling.loss_scale, scaling.grads_unscaled,
+                     scaling.external_curvature);
+  }
 }
 
 TORCH_LIBRARY_FRAGMENT(torch_ext, m) {

@@ -43,4 +43,21 @@ TORCH_EXT_API void adahessian_step_(at::TensorList params, at::TensorList grads,
                                     int64_t update_each, bool refresh, bool maximize, double loss_scale,
                                     bool grads_unscaled, bool external_curvature);
 
+// One group's parameters that take part in an update, with their state.
+struct TORCH_EXT_API AdaHessianLists {
+  std::vector<at::Tensor> params, grads, curvature, exp_avg, exp_hessian_diag_sq, steps, bias_products;
+};
+// What the loss was multiplied by; see adahessian_step_.
+struct AdaHessianScaling {
+  std::optional<at::Tensor> grad_scale;
+  double loss_scale = 1;
+  bool grads_unscaled = false, external_curvature = false;
+};
+// adahessian_step_ for every group that has parameters, once all of them are gathered; `options` one per group. Nothing
+// changes, and `skipped` grows, if a tensor of `read` (every gradient and curvature) is not finite or found_inf is set.
+TORCH_EXT_API void adahessian_apply(const std::vector<AdaHessianLists>& groups,
+                                    const std::vector<const Options*>& options, at::TensorList read,
+                                    const std::optional<at::Tensor>& found_inf, const at::Tensor& skipped, bool refresh,
+                                    const AdaHessianScaling& scaling);
+
 }  // namespace torch_ext::optim

@@ -121,7 +121,6 @@ class TORCH_EXT_API AdaHessian : public OptimizerBase {
     std::vector<at::Tensor> params, grads, curvature;
   };
   struct Plan;
-  struct Lists;
 
   void check_state(const at::Tensor& param, const Options& options, const StateTensors& state) const override;
   void state_replaced() override { sums_ = {}; }
