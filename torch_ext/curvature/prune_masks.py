@@ -68,7 +68,8 @@ class PruneMasks:
         weights = self._weights()
         for name, weight in weights.items():
             self._masks[name] = self._masks[name].to(weight.device)
-        torch.ops.torch_ext.prune_model_apply_masks_(list(weights.values()), list(self._masks.values()))
+        with torch.no_grad():
+            torch.ops.torch_ext.prune_model_apply_masks_(list(weights.values()), list(self._masks.values()))
         self._versions = {name: weight._version for name, weight in weights.items() if not weight.is_inference()}
 
     def remove(self) -> None:

@@ -22,7 +22,6 @@ void check_masks(at::TensorList weights, at::TensorList masks) {
 }
 
 void apply_op(at::TensorList weights, at::TensorList masks) {
-  const at::NoGradGuard no_grad;
   check_masks(weights, masks);
   for (size_t i = 0; i < weights.size(); ++i) weights[i].masked_fill_(masks[i].logical_not(), 0);
 }
@@ -51,6 +50,7 @@ void PruneMasks::apply() const {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("torch_ext::prune_model_apply_masks_", "")
                              .typed<decltype(apply_op)>();
+  const at::NoGradGuard no_grad;
   op.call(weights_, masks_);
 }
 
