@@ -55,6 +55,8 @@ def obs_prune(
     """
     weights = [w] if isinstance(w, Tensor) else list(w)
     layers = [fisher] if isinstance(fisher, StaticFisher) else list(fisher)
+    if not weights:  # the dispatcher could not tell the device
+        raise ValueError("no weights to prune")
     masks = [] if mask is None else [mask] if isinstance(mask, Tensor) else list(mask)
     pruned, kept, increase = torch.ops.torch_ext.obs_prune(
         weights,

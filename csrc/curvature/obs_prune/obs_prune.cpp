@@ -64,7 +64,6 @@ std::tuple<Tensors, Tensors, at::Tensor> obs_prune_meta(at::TensorList w, at::Te
                                                         at::ArrayRef<double> damping, at::IntArrayRef block, double,
                                                         at::TensorList, c10::string_view update) {
   is_joint(std::string(update));
-  TORCH_CHECK_VALUE(!w.empty(), "no weights to prune");
   check_lists(w, gradients, factors, tails, damping, block);
   Tensors weights, masks;
   for (const at::Tensor& weight : w) {
@@ -80,6 +79,7 @@ ObsPruneResult obs_prune(at::TensorList w, const std::vector<StaticFisher>& fish
                          at::TensorList mask, const std::string& update) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("torch_ext::obs_prune", "").typed<decltype(obs_prune_op)>();
+  TORCH_CHECK_VALUE(!w.empty(), "no weights to prune");  // the dispatcher could not tell the device
   Tensors gradients, factors, tails;
   std::vector<double> damping;
   std::vector<int64_t> block;
