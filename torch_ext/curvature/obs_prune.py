@@ -12,7 +12,6 @@ from torch_ext import _C
 from torch_ext.curvature.static_fisher import StaticFisher
 
 
-
 class ObsPruneResult(NamedTuple):
     """What :func:`obs_prune` returns; ``w`` and ``mask`` are tensors or lists, as the weights were."""
 

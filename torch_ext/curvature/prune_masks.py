@@ -15,11 +15,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 class PruneMasks:
     """Masks that stay applied to a model's parameters until :meth:`remove`.
 
-    Gradients of pruned weights are zero, and after the step of any ``torch.optim.Optimizer`` the weights are set to zero
-    again, whatever momentum, decay or noise did to them; so they are after ``load_state_dict`` and, for loops without
-    such an optimizer, before the next forward pass. Names, shapes and ``state_dict`` of the model do not change. A copy of
-    the model (``deepcopy``, pickle) carries masks of its own, which :meth:`of` finds. To take them up in another process,
-    save ``masks`` beside the model's state and construct ``PruneMasks(model, masks)``.
+    Gradients of pruned weights are zero, and after the step of any ``torch.optim.Optimizer`` the weights are set to
+    zero again, whatever momentum, decay or noise did to them; so they are after ``load_state_dict`` and, for loops
+    without such an optimizer, before the next forward pass. Names, shapes and ``state_dict`` of the model do not
+    change. A copy of the model (``deepcopy``, pickle) carries masks of its own, which :meth:`of` finds. To take them up
+    in another process, save ``masks`` beside the model's state and construct ``PruneMasks(model, masks)``.
 
     Args:
         model: whose forward pass is used in training.
@@ -38,7 +38,7 @@ class PruneMasks:
         self.__setstate__({name: mask.detach().clone() for name, mask in masks.items()})
         self._attach(model)  # checks dtypes and shapes before anything is registered
         model.register_forward_pre_hook(self)
-        model.register_load_state_dict_post_hook(self._after_load)
+        model.register_load_state_dict_post_hook(self._after_load)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Tensor]:
         return self._masks
@@ -93,7 +93,7 @@ class PruneMasks:
     def _attach(self, model: nn.Module) -> None:
         if self._model is None or self._model() is not model:
             self._model = weakref.ref(model)
-            _live.add(self)
+            _live.update((self,))
             _register_once()
         weights = self._weights()
         # Writing to unchanged weights would invalidate the graph of an earlier forward pass.
@@ -102,13 +102,14 @@ class PruneMasks:
         for name, weight in weights.items():
             hooked = self._hooks.get(name)
             if weight.requires_grad and (hooked is None or hooked[0]() is not weight):
-                handle = weight.register_hook(functools.partial(_mask_gradient, weakref.ref(self), name))
+                hook = functools.partial(_mask_gradient, weakref.ref(self), name)
+                handle = weight.register_hook(hook)  # type: ignore[no-untyped-call]
                 self._hooks[name] = (weakref.ref(weight), handle)
 
     def _weights(self) -> dict[str, Tensor]:
         model = None if self._model is None else self._model()
         if model is None:
-            raise RuntimeError("PruneMasks: the model is gone, or this copy of it has not run yet: PruneMasks.of(model)")
+            raise RuntimeError("PruneMasks: the model is gone, or this copy has not run yet: PruneMasks.of(model)")
         return {name: model.get_parameter(name) for name in self._masks}
 
     def _after_load(self, module: nn.Module, incompatible: Any) -> None:

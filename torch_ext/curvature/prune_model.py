@@ -61,11 +61,12 @@ def prune_model(
     Args:
         model: pruned in place.
         loss_fn: ``loss_fn(model, batch)`` -> scalar loss.
-        batches: what ``loss_fn`` takes, such as a DataLoader. One gradient a batch; started again from the beginning when
-            it ends before ``num_grads`` (an iterator cannot be: ValueError). Small batches make a better Fisher matrix.
+        batches: what ``loss_fn`` takes, such as a DataLoader. One gradient a batch; started again from the beginning
+            when it ends before ``num_grads`` (an iterator cannot be: ValueError). Small batches make a better Fisher
+            matrix.
         sparsity: zeros / number of elements of the pruned parameters, in [0, 1).
-        method: ``"joint"`` or ``"independent"`` (see :func:`obs_prune`), or ``"magnitude"``: the smallest \\|w\\|, without
-            any gradient; ``loss_fn`` and ``batches`` may be None.
+        method: ``"joint"`` or ``"independent"`` (see :func:`obs_prune`), or ``"magnitude"``: the smallest \\|w\\|,
+            without any gradient; ``loss_fn`` and ``batches`` may be None.
         num_grads: m, exactly as many gradients a round. Memory: 4 m bytes an element (8 for float64).
         damping: of the Fisher matrix. The default is the published pruner's; it belongs on the scale of the squared
             gradients.
@@ -165,7 +166,7 @@ def _split(batch: Any, size: int) -> Iterator[Any]:
     if size < 1:
         raise ValueError(f"prune_model: micro_batch must be at least 1, got {size}")
     if isinstance(batch, Tensor):
-        yield from batch.split(size)
+        yield from batch.split(size)  # type: ignore[no-untyped-call]
     elif isinstance(batch, Mapping):
         columns = [_split(value, size) for value in batch.values()]
         yield from (dict(zip(batch, row, strict=True)) for row in zip(*columns, strict=True))
@@ -195,7 +196,7 @@ def _shown(progress: bool | Progress) -> Iterator[Progress | None]:
         yield None
     else:
         try:
-            from tqdm import tqdm
+            from tqdm import tqdm  # type: ignore[import-untyped]
         except ImportError:
             yield lambda done, total: print(f"\rgradients {done}/{total}", end="", file=sys.stderr, flush=True)
             print(file=sys.stderr)

@@ -9,10 +9,11 @@ from torch import Tensor
 class StaticFisher:
     """F = damping I + (1/m) sum_i g_i g_i^T over the rows of ``gradients``, in diagonal blocks; gives F^-1.
 
-    A block of B > m columns is held as the Cholesky factor L of K = m damping I + G G^T, and F^-1 = (I - W^T W) / damping
-    with W = L^-1 G; row i of W is h_i sqrt(damping / n_i) in the rank-one recursion of the M-FAC paper
-    (arXiv:2107.03356, section 3.1). A block of B <= m columns is held as its inverse, from the Cholesky factor of
-    damping I + G^T G / m, which does not cancel. Equal blocks are worked on together. All arithmetic is float64.
+    A block of B > m columns is held as the Cholesky factor L of K = m damping I + G G^T, and
+    F^-1 = (I - W^T W) / damping with W = L^-1 G; row i of W is h_i sqrt(damping / n_i) in the rank-one recursion of the
+    M-FAC paper (arXiv:2107.03356, section 3.1). A block of B <= m columns is held as its inverse, from the Cholesky
+    factor of damping I + G^T G / m, which does not cancel. Equal blocks are worked on together. All arithmetic is
+    float64.
 
     Memory: the gradients, referred to and not copied (do not change them), and 8 min(B, m)^2 bytes a block; work space
     of 32 MiB, or one block of B columns if that is larger. Time: O(d m min(B, m)).

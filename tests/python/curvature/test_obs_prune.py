@@ -1,7 +1,8 @@
-"""curvature.obs_prune: acceptance test 10 of M-FAC (exactness on a quadratic loss), masks, lists, schedule, bad input."""
+"""curvature.obs_prune: acceptance test 10 of M-FAC (exact on a quadratic loss), masks, lists, schedule, bad input."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_gradual_pruning_through_masks(update: str) -> None:
 
 def test_what_happens_to_be_zero_is_not_pruned() -> None:
     """Masks are explicit: the authors' program takes every zero at construction, such as a new bias, for pruned."""
-    w, fisher, dense = problem(8, 20, 1e-2, None)
+    w, fisher, _ = problem(8, 20, 1e-2, None)
     w[3] = 0
     alive = torch.ones(20, dtype=torch.bool)
     pruned, mask, _ = obs_prune(w, fisher, 0.0, mask=alive)
@@ -204,7 +205,7 @@ def test_schedule() -> None:
         assert got == pytest.approx(reference_schedule(sparsity, n, initial=initial), abs=1e-14)
         assert got[-1] == sparsity
         kept = [1 - initial, *(1 - s for s in got)]
-        ratios = [b / a for a, b in zip(kept[:-1], kept[1:], strict=True)]
+        ratios = [b / a for a, b in itertools.pairwise(kept)]
         assert ratios == pytest.approx([ratios[0]] * n, rel=1e-12)
 
 
@@ -249,7 +250,7 @@ def ones(n: int) -> Tensor:
         (lambda w, f: obs_prune(w, f, 0.5, mask=ones(5)), ValueError, r"the mask of weight 0.*has shape \[5\]"),
         (lambda w, f: obs_prune(w, f, 0.5, mask=[ones(12)] * 2), ValueError, "mask has 2 tensors, expected 1"),
         (lambda w, f: obs_prune(w, f, 0.5, mask=ones(12).int()), TypeError, "must be bool.*got Int"),
-        (lambda w, f: obs_prune(w, f, 0.5, mask=~ones(12)), ValueError, "0.5 is below that of the given masks, 1; mask"),
+        (lambda w, f: obs_prune(w, f, 0.5, mask=~ones(12)), ValueError, "0.5 is below that of the given masks, 1"),
         (lambda w, f: sparsity_schedule(0.5, 0), ValueError, "recomputations must be at least 1, got 0"),
         (lambda w, f: sparsity_schedule(0.5, 2, initial=0.6), ValueError, "got initial 0.6 and sparsity 0.5"),
     ],

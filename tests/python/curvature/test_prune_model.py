@@ -1,4 +1,4 @@
-"""curvature.prune_model and PruneMasks: what is pruned, exactly how many gradients, masks through training, failures."""
+"""curvature.prune_model and PruneMasks: what is pruned, how many gradients, masks through training, failures."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_prunes_weights_over_all_layers(method: str) -> None:
     for name, p in model.named_parameters():
         assert p.grad is None
         assert p.requires_grad
-        if name not in WEIGHTS and "norm.weight" != name:
+        if name not in WEIGHTS and name != "norm.weight":
             assert not torch.equal(p, torch.zeros_like(p)) or name == "norm.bias"
     assert (result.predicted_loss_increase is None) == (method == "magnitude")
     assert str(result).splitlines()[-1] == f"total: {result.total_sparsity:.1%} zeros"

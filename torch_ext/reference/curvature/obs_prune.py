@@ -11,8 +11,8 @@ def obs_prune(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(w, mask, predicted loss increase) for one flat weight [d] and a dense ``F`` [d, d].
 
-    ``F^-1`` is that of F restricted to the weights which ``mask`` (True = kept) keeps. Several layers are one flat weight
-    with a block-diagonal F.
+    ``F^-1`` is that of F restricted to the weights which ``mask`` (True = kept) keeps. Several layers are one flat
+    weight with a block-diagonal F.
     """
     w, f = w.double().clone(), fisher.double()
     d = w.numel()

@@ -1,7 +1,7 @@
 """The damped empirical Fisher matrix of m gradients and its inverse, dense, and by the published recursion.
 
-``F = damping I + (1/m) sum_i g_i g_i^T`` in diagonal blocks of consecutive columns (M-FAC, arXiv:2107.03356, section 3.1).
-Everything in float64.
+``F = damping I + (1/m) sum_i g_i g_i^T`` in diagonal blocks of consecutive columns (M-FAC, arXiv:2107.03356, section
+3.1). Everything in float64.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ def fisher(gradients: Tensor, damping: float, block: int | None = None) -> Tenso
 
 def inverse(gradients: Tensor, damping: float, block: int | None = None) -> Tensor:
     """``F^-1`` [d, d]."""
-    return torch.linalg.inv(fisher(gradients, damping, block))
+    inverse: Tensor = torch.linalg.inv(fisher(gradients, damping, block))
+    return inverse
 
 
 def recursion(gradients: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -45,4 +46,5 @@ def whitened_rows(gradients: Tensor, damping: float) -> Tensor:
     g = gradients.double()
     m = g.shape[0]
     factor = torch.linalg.cholesky(g @ g.T + m * damping * torch.eye(m, dtype=torch.float64))
-    return torch.linalg.solve_triangular(factor, g, upper=False)
+    rows: Tensor = torch.linalg.solve_triangular(factor, g, upper=False)
+    return rows
