@@ -142,48 +142,46 @@ def print_results(rows: list[Row], args: argparse.Namespace) -> None:
 
 
 def draw(rows: list[Row], args: argparse.Namespace) -> None:
+    """Accuracy on a logarithmic scale of the errors, where 97 and 98 % are as far apart as 40 and 60 %."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    styles = {"magnitude": ("#009e73", "s"), "independent": ("#d55e00", "^"), "joint": ("#0072b2", "o")}
     figure, panels = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
-    places = range(len(args.sparsity))
-    dense = 100 * statistics.mean(row.before for row in rows if row.method == "dense")
-    for axes, name, title in zip(
-        panels, ("before", "after"), ("Straight after pruning", "After fine-tuning"), strict=True
-    ):
-        for number, (method, label) in enumerate(METHODS.items()):
-            values = [
-                [100 * getattr(r, name) for r in rows if (r.method, r.sparsity) == (method, s)] for s in args.sparsity
-            ]
-            color, marker = styles[method]
-            means = [statistics.mean(v) for v in values]
-            shifted = [place + 0.06 * (number - 1) for place in places]  # so that the ranges do not hide each other
-            errors = [[m - min(v) for m, v in zip(means, values, strict=True)]]
-            errors.append([max(v) - m for m, v in zip(means, values, strict=True)])
-            axes.errorbar(
-                *(shifted, means),
-                yerr=errors,
-                color=color,
-                marker=marker,
-                markersize=7,
-                linewidth=2,
-                capsize=4,
-                label=label,
-            )
-        axes.axhline(dense, color="0.4", linestyle=":", linewidth=1.5, label="dense model")
-        axes.set_xticks(list(places), [f"{s:.0%}" for s in args.sparsity])
-        axes.set(xlabel="weights set to zero", title=title, ylim=(0, 102))
+    for axes, name in zip(panels, ("before", "after"), strict=True):
+        for number, method in enumerate(METHODS):
+            draw_method(axes, rows, args, method, name, shift=0.05 * (number - 1))
+        wrong = 100 - 100 * statistics.mean(row.before for row in rows if row.method == "dense")
+        axes.axhline(wrong, color="0.4", linestyle=":", linewidth=1.5, label="dense model")
+        axes.set_xticks(range(len(args.sparsity)), [f"{s:.0%}" for s in args.sparsity])
+        axes.set(xlabel="weights set to zero", yscale="log", ylim=(99, 1.5))
+        axes.yaxis.set_major_locator(FixedLocator([2, 3, 5, 10, 20, 40, 80]))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100 - error:g}"))
         axes.grid(alpha=0.25, linewidth=0.6)
-    panels[0].set_ylabel("test rows classified right (%)")
+    panels[0].set(ylabel="test rows classified right (%, log scale of the errors)", title="Straight after pruning")
+    panels[1].set(title=f"After {args.finetune} epochs of fine-tuning")
     panels[0].legend(loc="lower left", frameon=False)
-    seeds = f"mean of {len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}, bars from the lowest to the highest"
+    seeds = f"means of {len(args.seeds)} seed{'s' * (len(args.seeds) > 1)}, bars from the lowest to the highest"
     figure.suptitle(f"Pruning a digits classifier ({seeds})", fontweight="bold")
     figure.savefig(args.output, dpi=100)
     print(f"\npicture: {args.output}")
+
+
+def draw_method(axes: Any, rows: list[Row], args: argparse.Namespace, method: str, name: str, shift: float) -> None:
+    color, marker = {"magnitude": ("#009e73", "s"), "independent": ("#d55e00", "^"), "joint": ("#0072b2", "o")}[method]
+    centers, below, above = [], [], []
+    for sparsity in args.sparsity:
+        wrong = [100 - 100 * getattr(r, name) for r in rows if (r.method, r.sparsity) == (method, sparsity)]
+        centers.append(max(statistics.mean(wrong), 0.1))  # a logarithm has no zero
+        below.append(centers[-1] - max(min(wrong), 0.1))
+        above.append(max(wrong) - centers[-1])
+    places = [place + shift for place in range(len(args.sparsity))]  # so that the bars do not hide each other
+    style: dict[str, Any] = {"marker": marker, "markersize": 7, "linewidth": 2, "capsize": 4}
+    axes.errorbar(places, centers, yerr=[below, above], color=color, label=METHODS[method], **style)
 
 
 def parse_arguments() -> argparse.Namespace:
