@@ -157,20 +157,24 @@ PruneModelResult result_of(const Job& job, at::Tensor loss_increase) {
   return result;
 }
 
-// The modules' training flags; restored parent first, since train() also sets those of the children.
+// The modules' training flags; restored parent first, since train() also sets those of the children. The model itself
+// may be on the stack, where modules() cannot list it.
 class EvaluationMode {
  public:
-  explicit EvaluationMode(torch::nn::Module& model) {
-    for (const auto& module : model.modules()) flags_.emplace_back(module, module->is_training());
+  explicit EvaluationMode(torch::nn::Module& model) : model_(model), training_(model.is_training()) {
+    for (const auto& module : model.modules(/*include_self=*/false)) flags_.emplace_back(module, module->is_training());
     model.eval();
   }
   EvaluationMode(const EvaluationMode&) = delete;
   EvaluationMode& operator=(const EvaluationMode&) = delete;
   ~EvaluationMode() {
+    model_.train(training_);
     for (const auto& [module, training] : flags_) module->train(training);
   }
 
  private:
+  torch::nn::Module& model_;
+  bool training_;
   std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>> flags_;
 };
 

@@ -118,6 +118,18 @@ TEST(StaticFisher, ComputesInFloat64AndLeavesItsArgumentsAlone) {
   }
 }
 
+TEST(StaticFisherCuda, EqualsTheCpu) {
+  if (TORCH_EXT_WITH_CUDA == 0 || !torch::cuda::is_available())
+    GTEST_SKIP() << "built without CUDA, or no GPU is visible";
+  const at::Tensor g = gradients(8, 37), x = gradients(2, 37, 1);
+  for (const std::optional<int64_t> block : {std::optional<int64_t>(), std::optional<int64_t>(5)}) {
+    const StaticFisher cpu(g, 1e-2, block), gpu(g.to(at::kCUDA), 1e-2, block);
+    EXPECT_LT(relative_error(gpu.diag(), cpu.diag()), 1e-12);
+    EXPECT_LT(relative_error(gpu.mul(x.to(at::kCUDA)), cpu.mul(x)), 1e-11);
+    EXPECT_LT(relative_error(gpu.rows(), cpu.rows()), 1e-11);
+  }
+}
+
 TEST(StaticFisher, BadInput) {
   const at::Tensor g = gradients(4, 12);
   expect_error<c10::ValueError>([&] { StaticFisher(g, 0); }, "damping must be positive, got 0");
