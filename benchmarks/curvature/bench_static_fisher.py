@@ -91,8 +91,8 @@ def main() -> None:
     rounds = arguments.rounds
     results = {
         "StaticFisher, m=512, d=20000, one block": compare(512, 20_000, None, rounds),
-        "StaticFisher, m=64, d=128000, blocks of 128": compare(64, 128_000, 128, rounds),
-        "StaticFisher, m=256, d=25600, blocks of 128": compare(256, 25_600, 128, rounds),
+        "StaticFisher, m=64, d=64000, blocks of 128": compare(64, 64_000, 128, rounds),
+        "StaticFisher, m=256, d=12800, blocks of 128": compare(256, 12_800, 128, rounds),
         "StaticFisher, m=64, 100000 blocks of 50, float32": many_small_blocks(rounds),
     }
     for title, values in results.items():
