@@ -50,10 +50,13 @@ def obs_prune(
     Raises:
         ValueError: lengths, shapes, devices; weights that are not finite; a sparsity out of range or below that of
             ``mask``; an unknown update.
-        TypeError: dtypes.
+        TypeError: dtypes; a ``fisher`` of another kind.
     """
     weights = [w] if isinstance(w, Tensor) else list(w)
     layers = [fisher] if isinstance(fisher, StaticFisher) else list(fisher)
+    for layer in layers:
+        if not isinstance(layer, StaticFisher):
+            raise TypeError(f"obs_prune: fisher must be a StaticFisher or a list of them, got {type(layer)}")
     if not weights:  # the dispatcher could not tell the device
         raise ValueError("no weights to prune")
     masks = [] if mask is None else [mask] if isinstance(mask, Tensor) else list(mask)

@@ -251,6 +251,7 @@ def ones(n: int) -> Tensor:
         (lambda w, f: obs_prune(w, f, 0.5, mask=[ones(12)] * 2), ValueError, "mask has 2 tensors, expected 1"),
         (lambda w, f: obs_prune(w, f, 0.5, mask=ones(12).int()), TypeError, "must be bool.*got Int"),
         (lambda w, f: obs_prune(w, f, 0.5, mask=~ones(12)), ValueError, "0.5 is below that of the given masks, 1"),
+        (lambda w, f: obs_prune(w, [w], 0.5), TypeError, "fisher must be a StaticFisher or a list of them, got"),
         (lambda w, f: sparsity_schedule(0.5, 0), ValueError, "recomputations must be at least 1, got 0"),
         (lambda w, f: sparsity_schedule(0.5, 2, initial=0.6), ValueError, "got initial 0.6 and sparsity 0.5"),
     ],
