@@ -36,6 +36,19 @@ def test_tiny_budget(tmp_path: Path) -> None:
     assert "Seeds on which joint OBS is ahead" in result.stdout
 
 
+def test_joint_obs_is_ahead_in_one_round(tmp_path: Path) -> None:
+    """Of independent OBS and magnitude at 75 % before fine-tuning, on each of three seeds, by accuracy and by loss."""
+    budget = ["--sparsity", "0.75", "--finetune", "0", "--num-grads", "256", "--rounds", "1"]
+    result = run(*budget, "--json", tmp_path / "rows.json")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    for seed in range(3):
+        of = {row["method"]: row for row in rows if row["seed"] == seed}
+        for other in ("independent", "magnitude"):
+            assert of["joint"]["before"] > of[other]["before"] + 0.01
+            assert of["joint"]["loss"] < 0.8 * of[other]["loss"]
+
+
 def test_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "picture.png"
