@@ -24,7 +24,8 @@ at::Tensor independent_change(const ObsLayer& layer, const at::Tensor& diagonal,
 // (F delta)_C = 0. In a wide block delta_C = G_C^T (m damping I + G_C G_C^T)^-1 G_S w_S by the push-through identity.
 at::Tensor joint_change(const FisherBlocks& fisher, const at::Tensor& w, const at::Tensor& pruned,
                         const at::Tensor& kept) {
-  const at::Tensor removed = at::where(pruned, w, 0), change = removed.neg();
+  const at::Tensor removed = at::where(pruned, w, 0);
+  at::Tensor change = removed.neg();
   const int64_t m = fisher.gradients.size(0);
   for (const BlockRange& range : block_ranges(fisher)) {
     const at::Tensor from = range.of(removed).unsqueeze(2), to = range.of(change).unsqueeze(2);
