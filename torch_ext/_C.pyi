@@ -19,6 +19,21 @@ def hvp_of_function(
     loss: Callable[[], Any], params: Sequence[Tensor], v: Sequence[Tensor], mode: str, /
 ) -> list[Tensor]: ...
 def hutchinson_diag(loss: Tensor, params: Sequence[Tensor], n_samples: int, seed: int, /) -> list[Tensor]: ...
+def prune_model(
+    names: Sequence[str],
+    weights: Sequence[Tensor],
+    next_loss: Callable[[], Any] | None,
+    sparsity: float,
+    method: str,
+    num_grads: int,
+    damping: float,
+    block: int | None,
+    recomputations: int,
+    masks: Sequence[Tensor],
+    progress: Callable[[int, int], None] | None,
+    /,
+) -> tuple[list[Tensor], list[float], float, float | None]: ...
+def sparsity_schedule(sparsity: float, recomputations: int, initial: float, /) -> list[float]: ...
 
 # optim/base
 def optimizers() -> list[str]: ...

@@ -2,5 +2,6 @@
 
 from torch_ext.reference.curvature.hutchinson_diag import hutchinson_diag
 from torch_ext.reference.curvature.hvp import hvp
+from torch_ext.reference.curvature.obs_prune import obs_prune, sparsity_schedule
 
-__all__ = ["hutchinson_diag", "hvp"]
+__all__ = ["hutchinson_diag", "hvp", "obs_prune", "sparsity_schedule"]
