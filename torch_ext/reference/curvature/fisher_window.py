@@ -19,7 +19,7 @@ Formats, over tiles of 1024 columns (the last one padded with zeros):
     ==================  ============================================================================================
     float64, float32    the row, rounded
     bfloat16            the row, rounded through float32
-    int8                per 256 columns: scale = max|x| / 127 (float32), values rint(x / scale), stored row value * scale
+    int8                per 256 columns: scale = max|x| / 127 (float32), rint(x / scale) stored, meaning that * scale
     topk                per tile the ceil(topk * 1024) entries of largest magnitude, as bfloat16 with their columns
     ==================  ============================================================================================
 

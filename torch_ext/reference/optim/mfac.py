@@ -105,14 +105,14 @@ class MFACReference:
         base = MFACReferenceOptions(**options)
         self.params: list[_Param] = []
         for number, item in enumerate(params):
-            group: Mapping[str, Any] = {"params": [item]} if isinstance(item, Tensor) else item
+            group: Mapping[str, Any] = item if isinstance(item, Mapping) else {"params": [item]}
             merged = replace(base, **{k: v for k, v in group.items() if k != "params"})
             for f in GLOBAL:
                 if getattr(merged, f) != getattr(base, f):
                     raise ValueError(f"MFAC: {f} must be the same in every group")
             for p in group["params"]:
                 opmath = torch.float64 if p.dtype == torch.float64 else torch.float32
-                self.params.append(_Param(p, merged, opmath, 0 if isinstance(item, Tensor) else number))
+                self.params.append(_Param(p, merged, opmath, number if isinstance(item, Mapping) else 0))
         self.options = base
         self.damping = base.damping
         self.global_skipped = 0
@@ -187,7 +187,7 @@ class MFACReference:
         rows = [self.flat(block, grads) for block in blocks]
         windows = [self.window(self.params[b[0]].group, row.numel()) for b, row in zip(blocks, rows, strict=True)]
         before = [(w.rows, w.error) for w in windows]
-        if not all([w.push(row) for w, row in zip(windows, rows, strict=True)]):
+        if not all(w.push(row) for w, row in zip(windows, rows, strict=True)):
             for w, (old_rows, old_error) in zip(windows, before, strict=True):
                 w.rows, w.error = old_rows, old_error
             self.global_skipped += 1
@@ -196,7 +196,7 @@ class MFACReference:
         for block, window in zip(blocks, windows, strict=True):
             u = self.update(window)
             sizes = [self.params[i].tensor.numel() for i in block]
-            for i, part in zip(block, u.split(sizes), strict=True):
+            for i, part in zip(block, torch.split(u, sizes), strict=True):
                 if grads[i] is not None:
                     self._write(self.params[i], part.reshape(self.params[i].tensor.shape).to(self.params[i].opmath))
 
@@ -226,7 +226,7 @@ class MFACReference:
         for block in self.blocks():
             x = torch.cat([vectors[i].reshape(-1).double() for i in block])
             y = self.window(self.params[block[0]].group, x.numel()).ihvp(x)
-            for i, part in zip(block, y.split([vectors[i].numel() for i in block]), strict=True):
+            for i, part in zip(block, torch.split(y, [vectors[i].numel() for i in block]), strict=True):
                 out[i] = part.reshape(vectors[i].shape).to(vectors[i].dtype)
         return out
 
