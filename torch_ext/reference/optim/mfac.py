@@ -57,7 +57,7 @@ class MFACReferenceOptions:
         require(0 <= self.lr < math.inf, "lr", "finite and >= 0")
         require(0 <= self.momentum < 1, "momentum", "in [0, 1)")
         require(0 <= self.weight_decay < math.inf, "weight_decay", "finite and >= 0")
-        require(self.dampening is None or 0 <= self.dampening <= 1, "dampening", "None or in [0, 1]")
+        require(self.dampening is None or 0 <= self.dampening < 1, "dampening", "None or in [0, 1)")
         require(self.num_grads >= 1, "num_grads", ">= 1")
         require(0 < self.damping < math.inf, "damping", "finite and > 0")
         require(self.window_format in FORMATS, "window_format", f"one of {FORMATS}")
