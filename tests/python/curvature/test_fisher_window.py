@@ -330,6 +330,16 @@ def test_bug_2_cancellation_of_the_published_formula() -> None:
     assert published >= 1000 * ours
 
 
+def test_bug_3_the_factor_is_updated_not_made_anew() -> None:
+    """The published code factorizes an m x m matrix at every step."""
+    m = 16
+    window = RawWindow(m, 50, 0.1, "float64")
+    for row in randn(400, 50):
+        window.step(row)
+    refactors = int(window.state["ring"][7])
+    assert 1 <= refactors <= 1 + 400 // (16 * m)
+
+
 def test_bug_6_all_rows_count() -> None:
     """Another collector left the last of the m rows zero, and with m = 1 collected nothing."""
     for m in (1, 2, 5):
@@ -387,36 +397,39 @@ class RawWindow:
         warmup_steps: int = 0,
         refactor_every: int = -1,
     ) -> None:
-        window = FisherWindow(m, d, damping, window_format)
-        self.rows, self.scales, self.indices, self.error, self.gram, self.factor, self.ring = tensors_of(window)
+        self.state = FisherWindow(m, d, damping, window_format).state_dict()
         self.d, self.damping, self.format = d, damping, window_format
-        self.warmup = (warmup_scaling, warmup_steps, refactor_every)
+        self.options = {
+            "warmup_scaling": warmup_scaling,
+            "warmup_steps": warmup_steps,
+            "refactor_every": refactor_every,
+        }
         self.dots = torch.zeros(m + 2, dtype=torch.float64)
         self.coefficients = torch.zeros(m + 1, dtype=torch.float64)
 
+    def stored(self, *names: str) -> list[Tensor]:
+        return [self.state[name] for name in names]
+
     def products(self, row: Tensor) -> None:
         op.fisher_window_dots_(
-            self.rows,
-            self.scales,
-            self.indices,
-            self.error,
+            *self.stored("rows", "scales", "indices", "error"),
             self.dots,
-            self.ring,
-            [row],
-            [row],
-            [0.0],
-            False,
-            self.format,
+            self.state["ring"],
+            grads=[row],
+            params=[row],
+            weight_decay=[0.0],
+            negate=False,
+            format=self.format,
         )
 
     def commit(self) -> None:
         op.fisher_window_commit_(
-            self.gram, self.factor, self.ring, self.coefficients, self.dots, self.damping, *self.warmup
+            *self.stored("gram", "factor", "ring"), self.coefficients, self.dots, self.damping, **self.options
         )
 
     def combine(self) -> Tensor:
         result: Tensor = op.fisher_window_combine(
-            self.rows, self.scales, self.indices, self.coefficients, self.ring, self.d, self.format
+            *self.stored("rows", "scales", "indices"), self.coefficients, self.state["ring"], self.d, self.format
         )
         return result
 
@@ -424,7 +437,3 @@ class RawWindow:
         self.products(row)
         self.commit()
         return self.combine()
-
-
-def tensors_of(window: FisherWindow) -> list[Tensor]:
-    return [getattr(window, name) for name in ("rows", "scales", "indices", "error", "gram_ring", "factor", "ring")]
