@@ -437,3 +437,101 @@ class RawWindow:
         self.products(row)
         self.commit()
         return self.combine()
+
+
+@pytest.mark.parametrize("window_format", FORMATS)
+def test_opcheck(window_format: str) -> None:
+    window = RawWindow(3, 1100, 0.1, window_format)
+    for row in randn(5, 1100):
+        window.step(row)
+    rows, ring = window.stored("rows", "scales", "indices"), window.state["ring"]
+    x, format_only = randn(1100, dtype=torch.float32), {"format": window_format}
+    grads = [randn(40, 25, dtype=torch.float32), None, randn(90, dtype=torch.bfloat16)]
+    params = [randn(40, 25, dtype=torch.float32), randn(10), randn(90, dtype=torch.bfloat16)]
+    many = {"grads": grads, "params": params, "weight_decay": [0.1, 0.0, 0.2], "negate": True, **format_only}
+    factors = window.stored("gram", "factor")
+    check = torch.library.opcheck
+    check(op.fisher_window_dots_.default, (*rows, window.state["error"], window.dots, ring), many)
+    check(op.fisher_window_commit_.default, (*factors, ring, window.coefficients, window.dots, 0.1), window.options)
+    check(op.fisher_window_combine.default, (*rows, window.coefficients, ring, 1100), format_only)
+    check(op.fisher_window_project.default, (*rows, ring, x), format_only)
+    check(op.fisher_window_solve_.default, (*factors, ring, None, 0.1))
+    check(op.fisher_window_solve_.default, (*factors, ring, window.dots[:4].clone(), 0.1))
+    check(op.fisher_window_residual.default, (*rows, window.coefficients, ring, x, 0.1), format_only)
+    check(op.fisher_window_gram.default, (window.state["gram"], ring, 3))
+
+
+def test_operators_write_through_autograds_version_counter() -> None:
+    window = RawWindow(3, 100, 0.1, "float32")
+    versions = [window.state[name]._version for name in ("rows", "gram", "factor", "ring")]
+    window.step(randn(100))
+    assert all(window.state[n]._version > v for n, v in zip(("rows", "gram", "factor", "ring"), versions, strict=True))
+
+
+@pytest.mark.parametrize("window_format", FORMATS)
+def test_a_row_in_pieces_is_the_row(window_format: str) -> None:
+    """Gradients of any shape and dtype, weight decay, a sign, gaps: as the row that they make together."""
+    a, b = RawWindow(3, 2500, 0.1, window_format), RawWindow(3, 2500, 0.1, window_format)
+    for t in range(5):
+        pieces = [randn(30, 40, seed=t), randn(300, seed=t + 10).float(), randn(1000, seed=t + 20)]
+        params = [randn(30, 40, seed=t + 30), randn(300, seed=t + 40).float(), randn(1000, seed=t + 50)]
+        grads: list[Tensor | None] = [pieces[0].t().contiguous().t(), pieces[1], None if t == 2 else pieces[2]]
+        a_row = [-pieces[0] + 0.5 * params[0], (-pieces[1]).double(), torch.zeros(1000) if t == 2 else -pieces[2]]
+        op.fisher_window_dots_(
+            *b.stored("rows", "scales", "indices", "error"),
+            b.dots,
+            b.state["ring"],
+            grads=grads,
+            params=params,
+            weight_decay=[0.5, 0.0, 0.0],
+            negate=True,
+            format=window_format,
+        )
+        b.commit()
+        assert torch.equal(a.step(torch.cat([part.reshape(-1).double() for part in a_row])), b.combine())
+
+
+# ---- on a GPU
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", SLIDING)
+def test_03_sliding_window_on_the_gpu(kind: str) -> None:
+    """The factor is K^-1 with one step of refinement there."""
+    m = 64
+    d, damping, make = SLIDING[kind]
+    rows = make()
+    window = FisherWindow(m, d, damping, "float64", device="cuda")
+    for t, row in enumerate(rows.cuda()):
+        window.push(row)
+        if t % 100 == 99:
+            expected = reference(rows[max(0, t + 1 - m) : t + 1], damping, num_grads=m).solve_newest()
+            assert error(window.solve_newest().cpu(), expected) <= 1e-11, t
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("window_format", FORMATS)
+def test_rows_have_the_same_bits_on_the_gpu(window_format: str) -> None:
+    rows = randn(12, 3000)
+    here, there = FisherWindow(5, 3000, 0.1, window_format), FisherWindow(5, 3000, 0.1, window_format, device="cuda")
+    for row in rows:
+        here.push(row)
+        there.push(row.cuda())
+    for name in ("rows", "scales", "indices", "error"):
+        assert torch.equal(here.state_dict()[name], there.state_dict()[name].cpu()), name
+    assert error(there.gram().cpu(), here.gram()) <= 1e-12
+    assert error(there.solve_newest().cpu(), here.solve_newest()) <= 1e-6
+    moved = here.to("cuda")
+    assert error(moved.solve_newest().cpu(), there.solve_newest().cpu()) <= 1e-6
+
+
+@pytest.mark.cuda
+def test_13_a_row_that_is_not_finite_changes_nothing_on_the_gpu() -> None:
+    rows = randn(9, 2000).cuda()
+    a, b = FisherWindow(4, 2000, 0.1, device="cuda"), FisherWindow(4, 2000, 0.1, device="cuda")
+    for t, row in enumerate(rows):
+        if t in (0, 3, 6):
+            b.push(row * float("nan"))
+        a.push(row)
+        b.push(row)
+        assert bits([a.gram(), a.solve_newest()]) == bits([b.gram(), b.solve_newest()])

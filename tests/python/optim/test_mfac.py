@@ -688,3 +688,69 @@ def test_a_checkpoint_of_parameters_of_another_size(language: str) -> None:
     take_step(source, [x], [randn(40)])
     with pytest.raises((ValueError, RuntimeError), match=r"MFAC|window"):
         make(language, [y], num_grads=4, damping=0.1).load_state_dict(source.state_dict())
+
+
+# ---- the operators
+
+
+def test_opcheck() -> None:
+    params = [leaf(randn(30, 40), torch.float32), leaf(randn(70), torch.bfloat16)]
+    optimizer = MFAC(params, lr=0.1, num_grads=3, damping=0.1, momentum=0.5)
+    for t in range(4):
+        take_step(optimizer, params, [randn(30, 40, seed=t).float(), randn(70, seed=t).bfloat16()])
+    state = [optimizer.state[p] for p in params]
+    tensors = [p.detach() for p in params]
+    grads = [p.grad for p in params]
+    coefficients = torch.randn(4, dtype=torch.float64)
+    check = torch.library.opcheck
+    for update in (None, torch.randn(1270)):
+        check(
+            torch.ops.torch_ext.mfac_update_.default,
+            (tensors, [s["momentum_buffer"] for s in state], [s["step"] for s in state]),
+            {
+                "grads": grads,
+                **{name: state[0][f"window_{name}"] for name in ("rows", "scales", "indices", "ring")},
+                "coefficients": coefficients,
+                "update": update,
+                "format": "float32",
+                "lr": [0.1, 0.1],
+                "momentum": [0.5, 0.5],
+                "dampening": [0.5, 0.5],
+                "weight_decay": [0.0, 0.1],
+            },
+        )
+    check(
+        torch.ops.torch_ext.mfac_flatten.default,
+        (grads, tensors),
+        {"weight_decay": [0.1, 0.0], "negate": True, "padded_numel": 2048, "format": "float32"},
+    )
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_cuda_follows_the_cpu(kind: str) -> None:
+    options: dict[str, Any] = {"lr": 0.1, "num_grads": 5, "damping": 0.1, **F64, **OPTIONS[kind]}
+    here = [leaf(randn(30, 40), torch.float32), leaf(randn(70, seed=1))]
+    there = [p.detach().cuda().requires_grad_() for p in here]
+    a, b = (MFAC([{"params": p[:1]}, {"params": p[1:]}], **options) for p in (here, there))
+    for t in range(12):
+        grads = [randn(30, 40, seed=2 * t).float(), randn(70, seed=2 * t + 1)]
+        take_step(a, here, list(grads))
+        take_step(b, there, [g.cuda() for g in grads])
+    for p, q in zip(here, there, strict=True):
+        torch.testing.assert_close(q.cpu(), p, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.cuda
+def test_cuda_step_does_not_wait_for_the_device() -> None:
+    p = torch.randn(3000, device="cuda", requires_grad=True)
+    optimizer = MFAC([p], lr=0.1, num_grads=4, damping=0.1, momentum=0.9)
+    for _ in range(6):
+        p.grad = torch.randn_like(p)
+        optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
