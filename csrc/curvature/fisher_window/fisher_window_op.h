@@ -14,6 +14,8 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 
 namespace torch_ext::curvature {
 
@@ -38,6 +40,9 @@ struct FisherWindowState {
   at::Tensor ring;     // int64 [9], see RingField in fisher_window_kernel.h
 };
 
+// The names of the tensors, in order, and where they are.
+TORCH_EXT_API const std::vector<std::pair<std::string, at::Tensor FisherWindowState::*>>& fisher_window_tensors();
+
 // ValueError for num_grads < 1, dim < 1, a damping that is not positive and finite, an unknown format, topk outside
 // (0, 1], or error feedback with a format that loses nothing.
 TORCH_EXT_API void fisher_window_check(const FisherWindowLayout& layout, double damping);
@@ -52,25 +57,32 @@ TORCH_EXT_API FisherWindowState fisher_window_state(const FisherWindowLayout& la
 TORCH_EXT_API void fisher_window_check_state(const FisherWindowLayout& layout, const FisherWindowState& state,
                                              const std::string& who);
 
+// What `push` and `ihvp` take: a dense real floating tensor [dim]; `what` names it in the message.
+TORCH_EXT_API void fisher_window_check_row(const at::Tensor& row, int64_t dim, const char* what);
+
 // The typed operators. `format` is the layout's.
 
 // Pass 1. The row is, over all (grad, param) pairs in order and row-major inside each: +-g + weight_decay p, a missing
-// gradient giving zeros (`negate` for the sign). It is encoded into the spare slot (with what earlier rows lost if
-// there is error feedback), and dots [m + 2] float64 becomes its products with every live row, by slot; at the spare
-// slot its product with itself; the rest 0. Gradients may sit on another device than the window and have any floating
-// dtype.
+// gradient giving zeros (`negate` for the sign; g is divided by the 0-dim float32 grad_scale where there is one). It is
+// encoded into the spare slot (with what earlier rows lost if there is error feedback), and dots [m + 2] float64
+// becomes its products with every live row, by slot; at the spare slot its product with itself; the rest 0. One element
+// that is not finite makes the latter not finite, in every format. Gradients may sit on another device than the window
+// and have any floating dtype.
 TORCH_EXT_API void fisher_window_dots_(const at::Tensor& rows, const at::Tensor& scales, const at::Tensor& indices,
                                        const at::Tensor& error, const at::Tensor& dots, const at::Tensor& ring,
                                        const c10::List<std::optional<at::Tensor>>& grads, at::TensorList params,
-                                       at::ArrayRef<double> weight_decay, bool negate, std::string_view format);
-// The m x m part. Accepts the row in the spare slot unless a product is not finite (then only ring's counters change
+                                       at::ArrayRef<double> weight_decay, bool negate,
+                                       const std::optional<at::Tensor>& grad_scale, std::string_view format);
+// The m x m part. Accepts the row in the spare slot unless a product is not finite or `nonfinite`
+// (0-dim float32) is not zero (then only ring's counters change
 // and coefficients are 0). coefficients [m + 1] float64, by slot, become those of F^-1 q_new = G^T coefficients:
 // m K^-1 e_new; while no more than warmup_steps rows have been accepted, m / (m lambda + |q_new|^2) e_new. With
 // warmup_scaling times t/m. refactor_every: -1 after 16 m accepted rows (CPU) or m (CUDA) and when a probe of the
 // residual asks for it; 0 never.
 TORCH_EXT_API void fisher_window_commit_(const at::Tensor& gram, const at::Tensor& factor, const at::Tensor& ring,
                                          const at::Tensor& coefficients, const at::Tensor& dots, double damping,
-                                         bool warmup_scaling, int64_t warmup_steps, int64_t refactor_every);
+                                         bool warmup_scaling, int64_t warmup_steps, int64_t refactor_every,
+                                         const std::optional<at::Tensor>& nonfinite);
 // Pass 2: G^T coefficients, [numel] in float64 for format float64, else float32.
 TORCH_EXT_API at::Tensor fisher_window_combine(const at::Tensor& rows, const at::Tensor& scales,
                                                const at::Tensor& indices, const at::Tensor& coefficients,

@@ -19,16 +19,17 @@ auto typed(const char* name) {
 void fisher_window_dots_(const at::Tensor& rows, const at::Tensor& scales, const at::Tensor& indices,
                          const at::Tensor& error, const at::Tensor& dots, const at::Tensor& ring,
                          const c10::List<std::optional<at::Tensor>>& grads, at::TensorList params,
-                         at::ArrayRef<double> weight_decay, bool negate, std::string_view format) {
+                         at::ArrayRef<double> weight_decay, bool negate, const std::optional<at::Tensor>& grad_scale,
+                         std::string_view format) {
   static const auto op = typed<decltype(fisher_window_dots_)>("torch_ext::fisher_window_dots_");
-  op.call(rows, scales, indices, error, dots, ring, grads, params, weight_decay, negate, format);
+  op.call(rows, scales, indices, error, dots, ring, grads, params, weight_decay, negate, grad_scale, format);
 }
 
 void fisher_window_commit_(const at::Tensor& gram, const at::Tensor& factor, const at::Tensor& ring,
                            const at::Tensor& coefficients, const at::Tensor& dots, double damping, bool warmup_scaling,
-                           int64_t warmup_steps, int64_t refactor_every) {
+                           int64_t warmup_steps, int64_t refactor_every, const std::optional<at::Tensor>& nonfinite) {
   static const auto op = typed<decltype(fisher_window_commit_)>("torch_ext::fisher_window_commit_");
-  op.call(gram, factor, ring, coefficients, dots, damping, warmup_scaling, warmup_steps, refactor_every);
+  op.call(gram, factor, ring, coefficients, dots, damping, warmup_scaling, warmup_steps, refactor_every, nonfinite);
 }
 
 at::Tensor fisher_window_combine(const at::Tensor& rows, const at::Tensor& scales, const at::Tensor& indices,
@@ -65,12 +66,15 @@ at::Tensor fisher_window_gram(const at::Tensor& gram, const at::Tensor& ring, in
 TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
   m.def(
       "fisher_window_dots_(Tensor(a!) rows, Tensor(b!) scales, Tensor(c!) indices, Tensor(d!) error, Tensor(e!) dots, "
-      "Tensor ring, Tensor?[] grads, Tensor[] params, float[] weight_decay, bool negate, str format) -> ()");
+      "Tensor ring, Tensor?[] grads, Tensor[] params, float[] weight_decay, bool negate, Tensor? grad_scale, str "
+      "format) -> ()");
   m.def(
       "fisher_window_commit_(Tensor(a!) gram, Tensor(b!) factor, Tensor(c!) ring, Tensor(d!) coefficients, "
-      "Tensor dots, float damping, bool warmup_scaling=False, int warmup_steps=0, int refactor_every=-1) -> ()");
+      "Tensor dots, float damping, bool warmup_scaling=False, int warmup_steps=0, int refactor_every=-1, Tensor? "
+      "nonfinite=None) -> ()");
   m.def(
-      "fisher_window_combine(Tensor rows, Tensor scales, Tensor indices, Tensor coefficients, Tensor ring, int numel, "
+      "fisher_window_combine(Tensor rows, Tensor scales, Tensor indices, Tensor coefficients, Tensor ring, SymInt "
+      "numel, "
       "str format) -> Tensor");
   m.def(
       "fisher_window_project(Tensor rows, Tensor scales, Tensor indices, Tensor ring, Tensor x, str format) -> Tensor");
@@ -80,7 +84,7 @@ TORCH_LIBRARY_FRAGMENT(torch_ext, m) {
   m.def(
       "fisher_window_residual(Tensor rows, Tensor scales, Tensor indices, Tensor coefficients, Tensor ring, Tensor x, "
       "float damping, str format) -> Tensor");
-  m.def("fisher_window_gram(Tensor gram, Tensor ring, int count) -> Tensor");
+  m.def("fisher_window_gram(Tensor gram, Tensor ring, SymInt count) -> Tensor");
 }
 
 }  // namespace torch_ext::curvature

@@ -15,7 +15,8 @@ namespace torch_ext::optim {
 //   b <- momentum b + (1 - dampening) u    (momentum 0: b = u, no buffer)
 //   p <- p (1 - lr weight_decay) - lr b    decoupled decay; pass 0 for coupled or none
 // Nothing is written if ring says that the last row was rejected, nor to a parameter whose gradient is None (its
-// columns are passed over). Parameters may sit on any devices and have any floating dtype.
+// columns are passed over, its buffer and step not looked at). Parameters may sit on any devices and have any floating
+// dtype.
 //   momentum_buffers   one per parameter in its arithmetic dtype; [0] where momentum is 0
 //   steps              one 0-dim float32 per parameter, on its device, += 1 where it is written
 //   update             flat u (at least as long as the parameters together); given, the window is not read
@@ -29,7 +30,8 @@ TORCH_EXT_API void mfac_update_(at::TensorList params, at::TensorList momentum_b
 // torch_ext::mfac_flatten: the row that fisher_window_dots_ gathers, before encoding, on the first parameter's device:
 // [padded_numel], zeros behind the parameters; float64 for format float64, else float32.
 TORCH_EXT_API at::Tensor mfac_flatten(const c10::List<std::optional<at::Tensor>>& grads, at::TensorList params,
-                                      at::ArrayRef<double> weight_decay, bool negate, int64_t padded_numel,
+                                      at::ArrayRef<double> weight_decay, bool negate,
+                                      const std::optional<at::Tensor>& grad_scale, int64_t padded_numel,
                                       std::string_view format);
 
 }  // namespace torch_ext::optim
