@@ -37,6 +37,7 @@ at::Tensor adopt(const Schema& schema, const std::string& name, const c10::IValu
     if (field.name != name) continue;
     TORCH_CHECK_VALUE(!tensor.is_complex() && tensor.layout() == at::kStrided, schema.optimizer, ": state '", name,
                       "' is complex or sparse");
+    if (field.dtype == StateField::DType::kStored) return tensor.clone(at::MemoryFormat::Contiguous);
     const at::ScalarType dtype = field.dtype == StateField::DType::kInt64     ? at::kLong
                                  : field.dtype == StateField::DType::kFloat64 ? at::kDouble
                                  : field.dtype == StateField::DType::kFloat32

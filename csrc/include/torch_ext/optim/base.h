@@ -15,6 +15,18 @@ namespace torch_ext::optim {
 // ProcessGroup.
 using ReduceFn = std::function<void(std::vector<at::Tensor>&)>;
 
+// How `count` processes share the elements of one long vector, the r-th slice of equal length being that of process r.
+// <torch_ext/distributed.h> makes one from a ProcessGroup. The default is one process.
+struct ColumnShards {
+  int64_t rank = 0, count = 1;
+  // The whole vector of each process -> the own slice of their mean.
+  std::function<at::Tensor(const at::Tensor&)> reduce_scatter_mean;
+  // Sums over the processes, in place.
+  std::function<void(at::Tensor&)> all_reduce_sum;
+  // The own slice of each process -> the whole vector.
+  std::function<at::Tensor(const at::Tensor&)> all_gather;
+};
+
 class TORCH_EXT_API OptimizerBase : public torch::optim::Optimizer {
  public:
   const Schema& schema() const { return options_of(*defaults_).schema(); }
