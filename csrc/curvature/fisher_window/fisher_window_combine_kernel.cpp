@@ -7,31 +7,18 @@
 namespace torch_ext::kernels {
 namespace {
 
-constexpr int64_t kTogether = 4;
-
 template <typename S, typename T>
-struct Rows {
-  const S* row[kTogether];
-  T coefficient[kTogether];
-};
-
-template <typename S, typename T>
-TX_CLONES void add_four(Rows<S, T> r, int64_t size, T* __restrict sum) {
-  const S *a = r.row[0], *b = r.row[1], *c = r.row[2], *d = r.row[3];
-  const T x = r.coefficient[0], y = r.coefficient[1], z = r.coefficient[2], w = r.coefficient[3];
-  for (int64_t i = 0; i < size; ++i) {
-    T total = sum[i];
-    total += x * static_cast<T>(decoded(a[i]));
-    total += y * static_cast<T>(decoded(b[i]));
-    total += z * static_cast<T>(decoded(c[i]));
-    total += w * static_cast<T>(decoded(d[i]));
-    sum[i] = total;
-  }
+TX_CLONES void add_row(const S* __restrict row, T coefficient, T* __restrict sum) {
+  for (int64_t i = 0; i < kTile; ++i) sum[i] += coefficient * static_cast<T>(decoded(row[i]));
 }
 
-template <typename S, typename T>
-TX_CLONES void add_one(const S* __restrict row, T coefficient, int64_t size, T* __restrict sum) {
-  for (int64_t i = 0; i < size; ++i) sum[i] += coefficient * static_cast<T>(decoded(row[i]));
+template <typename T>
+TX_CLONES void add_int8(const int8_t* __restrict row, const float* __restrict scales, double coefficient,
+                        T* __restrict sum) {
+  for (int64_t b = 0; b < kScales; ++b) {
+    const T factor = static_cast<T>(coefficient * static_cast<double>(scales[b]));
+    for (int64_t i = b * kScaleBlock; i < (b + 1) * kScaleBlock; ++i) sum[i] += factor * static_cast<T>(row[i]);
+  }
 }
 
 TX_CLONES void flush(float* __restrict run, double* __restrict sum) {
@@ -47,28 +34,20 @@ TX_CLONES void divide_rest(const double* __restrict x, const double* __restrict 
   for (int64_t i = 0; i < size; ++i) out[i] = static_cast<R>((x[i] - sum[i]) / damping);
 }
 
-// Live rows [begin, end), `size` columns from `column` of the tile; factor(slot) multiplies a row's coefficient.
-template <typename S, typename T, typename Factor>
-void add_rows(const S* rows, const std::vector<LiveRow>& live, int64_t begin, int64_t end, int64_t column, int64_t size,
-              const Factor& factor, T* sum) {
-  const auto row = [&](int64_t k) { return rows + live[static_cast<size_t>(k)].slot * kTile + column; };
-  const auto coefficient = [&](int64_t k) {
+// Live rows [begin, end) of a tile.
+template <typename S, typename T>
+void add_rows(const WindowView& w, const std::vector<LiveRow>& live, int64_t tile, int64_t begin, int64_t end, T* sum) {
+  for (int64_t k = begin; k < end; ++k) {
     const LiveRow& at = live[static_cast<size_t>(k)];
-    return static_cast<T>(at.coefficient * factor(at.slot));
-  };
-  int64_t k = begin;
-  for (; k + kTogether <= end; k += kTogether) {
-    Rows<S, T> four;
-    for (int64_t j = 0; j < kTogether; ++j) {
-      four.row[j] = row(k + j);
-      four.coefficient[j] = coefficient(k + j);
+    const int64_t place = tile * w.slots + at.slot;
+    const S* row = static_cast<const S*>(w.rows) + place * kTile;
+    if constexpr (std::is_same_v<S, int8_t>) {
+      add_int8(row, w.scales + place * kScales, at.coefficient, sum);
+    } else {
+      add_row(row, static_cast<T>(at.coefficient), sum);
     }
-    add_four(four, size, sum + column);
   }
-  for (; k < end; ++k) add_one(row(k), coefficient(k), size, sum + column);
 }
-
-constexpr auto kNoFactor = [](int64_t) { return 1.0; };
 
 void combine_topk(const WindowView& w, const std::vector<LiveRow>& live, int64_t tile, double* sum) {
   for (const LiveRow& at : live) {
@@ -81,16 +60,6 @@ void combine_topk(const WindowView& w, const std::vector<LiveRow>& live, int64_t
   }
 }
 
-template <typename T>
-void add_int8(const WindowView& w, const std::vector<LiveRow>& live, int64_t begin, int64_t end, int64_t tile, T* sum) {
-  const auto* rows = static_cast<const int8_t*>(w.rows) + tile * w.slots * kTile;
-  const float* scales = w.scales + tile * w.slots * kScales;
-  for (int64_t b = 0; b < kScales; ++b) {
-    const auto scale = [&](int64_t slot) { return static_cast<double>(scales[slot * kScales + b]); };
-    add_rows(rows, live, begin, end, b * kScaleBlock, kScaleBlock, scale, sum);
-  }
-}
-
 // bfloat16 and int8: runs of kRun rows in float, runs in double.
 void combine_narrow(const WindowView& w, const std::vector<LiveRow>& live, int64_t tile, double* sum) {
   alignas(64) float run[kTile] = {};
@@ -98,10 +67,9 @@ void combine_narrow(const WindowView& w, const std::vector<LiveRow>& live, int64
   for (int64_t begin = 0; begin < count; begin += kRun) {
     const int64_t end = std::min(count, begin + kRun);
     if (w.format == WindowFormat::kInt8) {
-      add_int8(w, live, begin, end, tile, run);
+      add_rows<int8_t>(w, live, tile, begin, end, run);
     } else {
-      const auto* rows = static_cast<const core::BFloat16*>(w.rows) + tile * w.slots * kTile;
-      add_rows(rows, live, begin, end, 0, kTile, kNoFactor, run);
+      add_rows<core::BFloat16>(w, live, tile, begin, end, run);
     }
     flush(run, sum);
   }
@@ -110,19 +78,15 @@ void combine_narrow(const WindowView& w, const std::vector<LiveRow>& live, int64
 // All in double.
 void combine_wide(const WindowView& w, const std::vector<LiveRow>& live, int64_t tile, double* sum) {
   const auto count = static_cast<int64_t>(live.size());
-  const auto all = [&](auto type) {
-    const auto* rows = static_cast<const decltype(type)*>(w.rows) + tile * w.slots * kTile;
-    add_rows(rows, live, 0, count, 0, kTile, kNoFactor, sum);
-  };
   switch (w.format) {
     case WindowFormat::kFloat:
-      return all(float{});
+      return add_rows<float>(w, live, tile, 0, count, sum);
     case WindowFormat::kDouble:
-      return all(double{});
+      return add_rows<double>(w, live, tile, 0, count, sum);
     case WindowFormat::kBFloat16:
-      return all(core::BFloat16{});
+      return add_rows<core::BFloat16>(w, live, tile, 0, count, sum);
     case WindowFormat::kInt8:
-      return add_int8(w, live, 0, count, tile, sum);
+      return add_rows<int8_t>(w, live, tile, 0, count, sum);
     case WindowFormat::kTopK:
       return combine_topk(w, live, tile, sum);
   }

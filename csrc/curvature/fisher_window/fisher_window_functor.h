@@ -52,10 +52,7 @@ TX_HD double sum_tile_narrow(const Value& value) {
   }
   double wide[core::kLanes];
   for (int64_t l = 0; l < core::kLanes; ++l) wide[l] = static_cast<double>(lane[l]);
-  for (int64_t half = core::kLanes / 2; half > 0; half /= 2) {
-    for (int64_t l = 0; l < half; ++l) wide[l] += wide[l + half];
-  }
-  return wide[0];
+  return core::fold_lanes(wide);
 }
 
 // Slots: rows are numbered by age through a ring of `slots` = m + 1 places, of which `next` is the spare.
