@@ -84,11 +84,11 @@ struct RawWindow {
     c10::List<std::optional<at::Tensor>> grads;
     grads.push_back(row);
     fisher_window_dots_(state.rows, state.scales, state.indices, state.error, dots, state.ring, grads, {row}, {0.0},
-                        false, layout.format);
+                        false, std::nullopt, layout.format);
   }
   void commit() {
     fisher_window_commit_(state.gram, state.factor, state.ring, coefficients, dots, damping, warmup_scaling,
-                          warmup_steps, refactor_every);
+                          warmup_steps, refactor_every, std::nullopt);
   }
   at::Tensor combine() const {
     return fisher_window_combine(state.rows, state.scales, state.indices, coefficients, state.ring, layout.dim,
