@@ -241,15 +241,15 @@ def test_mfac_parts_equal_the_whole(world: int, tmp_path: Path) -> None:
 def mfac_on_integers(share: slice, world: int, group: Any) -> tuple[list[Tensor], MFAC]:
     """Gradients that are small integers: means, products and their sums are exact in any order."""
     generator = torch.Generator().manual_seed(5)
-    table = torch.randint(-3, 4, (12, 4, 5000), generator=generator).double()
+    table = torch.randint(-3, 4, (12, 4, 40_000), generator=generator).double()
     p, q = (
-        torch.zeros(4000, dtype=torch.float64, requires_grad=True),
-        torch.zeros(1000, dtype=torch.float64, requires_grad=True),
+        torch.zeros(31_000, dtype=torch.float64, requires_grad=True),
+        torch.zeros(9000, dtype=torch.float64, requires_grad=True),
     )
     optimizer = MFAC([p, q], lr=0.5, num_grads=5, damping=0.5, window_format="float64", process_group=group)
     for rows in table:
         mean = rows[share].mean(0)
-        p.grad, q.grad = mean[:4000].clone(), mean[4000:].clone()
+        p.grad, q.grad = mean[:31_000].clone(), mean[31_000:].clone()
         optimizer.step()
     return [p.detach(), q.detach()], optimizer
 
@@ -259,7 +259,7 @@ def check_mfac_integers(rank: int, world: int) -> None:
     parts, optimizer = mfac_on_integers(share, world, dist.group.WORLD)
     whole, single = mfac_on_integers(slice(None), world, None)
     assert bits(parts) == bits(whole)
-    assert optimizer.memory_bytes < single.memory_bytes * (1.5 / world)  # each holds its part of the columns
+    assert optimizer.memory_bytes < single.memory_bytes * (1.2 / world)  # each holds its part of the columns
 
 
 @pytest.mark.parametrize("world", [2, 4])
