@@ -187,6 +187,9 @@ class Optimizer(torch.optim.Optimizer):
     def _check_state(self, param: Tensor, options: dict[str, Any], state: dict[str, Tensor]) -> None:
         """ValueError if loaded state does not fit the parameter."""
 
+    def _check_loaded(self, groups: list[dict[str, Any]], states: dict[int, dict[str, Any]]) -> None:
+        """The same for rules that concern several parameters: groups as loaded, states by the parameter's id."""
+
     def _abandon_step(self) -> None:
         """What every step() does before an exception leaves it."""
         for name in ("grad_scale", "found_inf"):  # GradScaler leaves its scale behind; the next step has another
@@ -262,7 +265,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"loaded state dict has {len(groups)} parameter groups, the optimizer {len(self.param_groups)}"
             )
         fields = {field["name"]: field for field in schema["state"]}
-        loaded = []
+        loaded, as_loaded = [], []
         for number, (saved, group) in enumerate(zip(groups, self.param_groups, strict=True)):
             if len(saved["params"]) != len(group["params"]):
                 raise ValueError(
@@ -270,6 +273,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"{len(group['params'])}"
                 )
             options = self._checked({**group, **saved})
+            as_loaded.append({**options, "params": group["params"]})
             for index, param in zip(saved["params"], group["params"], strict=True):
                 if index not in states:
                     continue
@@ -284,6 +288,7 @@ class Optimizer(torch.optim.Optimizer):
         for index in states:
             if index not in listed and str(index).isdigit():
                 raise ValueError(f"loaded state dict has state of parameter {index!r}, which none of its groups lists")
+        self._check_loaded(as_loaded, {id(param): state for param, state in loaded})
         return loaded
 
     def _adopt(self, name: str, value: Any, param: Tensor, field: dict[str, Any] | None) -> Any:

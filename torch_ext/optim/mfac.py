@@ -206,9 +206,8 @@ class MFAC(Optimizer):
         """The windows with their parameters, and a gradient or vector for each parameter."""
         every = [param for group in self.param_groups for param in group["params"]]
         states = [self.state.get(param) for param in every]
-        return _C.MFACBlocks(
-            self.param_groups, [None for _ in every] if values is None else values, states, self._process_group
-        )
+        given = [None for _ in every] if values is None else values
+        return _C.MFACBlocks(self.param_groups, given, states, self._process_group)
 
     def _keep(self, blocks: _C.MFACBlocks) -> None:
         """State that a call has made or moved."""
@@ -218,3 +217,8 @@ class MFAC(Optimizer):
 
     def _check_state(self, param: Tensor, options: dict[str, Any], state: dict[str, Tensor]) -> None:
         _C.mfac_check_state(param, options, state)
+
+    def _check_loaded(self, groups: list[dict[str, Any]], states: dict[int, dict[str, Any]]) -> None:
+        every = [param for group in groups for param in group["params"]]
+        loaded = [states.get(id(param)) for param in every]
+        _C.MFACBlocks(groups, [None for _ in every], loaded, None).check_columns()

@@ -4,6 +4,7 @@
 #include <torch/serialize/output-archive.h>
 #include <torch_ext/optim/base.h>
 
+#include <algorithm>
 #include <set>
 #include <utility>
 
@@ -259,6 +260,13 @@ void OptimizerBase::load_state_dict(const c10::IValue& dict) {
     TORCH_CHECK_VALUE(!digits && (!index.isInt() || listed.count(index.toInt()) != 0),
                       "loaded state dict has state of parameter ", index, ", which none of its groups lists");
   }
+  std::vector<const Options*> options;
+  for (const auto& item : new_options) options.push_back(&options_of(*item));
+  check_loaded(options, [&](const at::Tensor& param) -> const StateTensors* {
+    const auto found =
+        std::find_if(new_state.begin(), new_state.end(), [&](const auto& item) { return item.first.is_same(param); });
+    return found == new_state.end() ? nullptr : &found->second->tensors;
+  });
   state_.clear();
   for (auto& [param, made] : new_state) state_[param.unsafeGetTensorImpl()] = std::move(made);
   for (size_t g = 0; g < new_options.size(); ++g) param_groups_[g].set_options(std::move(new_options[g]));

@@ -103,33 +103,48 @@ MFAC::MFAC(const std::vector<torch::optim::OptimizerParamGroup>& groups, MFACOpt
 MFAC::MFAC(std::vector<at::Tensor> params, MFACOptions defaults)
     : MFAC(one_group(std::move(params)), std::move(defaults)) {}
 
-const Options& MFAC::first_options() const { return param_groups_.empty() ? options_of(*defaults_) : group_options(0); }
-
 // The windows with their parameters, those without columns left out; `values` has one tensor per parameter.
-std::vector<MFACBlock> MFAC::blocks(const std::vector<at::Tensor>& values) const {
-  const bool per_group = first_options().get("blocks").toStringRef() == "per_group";
+std::vector<MFACBlock> MFAC::blocks(const std::vector<at::Tensor>& values, const std::vector<const Options*>& options,
+                                    const StateLookup& state) const {
+  const Options& shared = options.empty() ? options_of(*defaults_) : *options[0];
+  const bool per_group = shared.get("blocks").toStringRef() == "per_group";
   std::vector<MFACBlock> result(per_group ? param_groups_.size() : 1);
   for (const Entry& entry : entries()) {
     if (!mfac_has_columns(entry.param)) continue;
     MFACBlock& block = result[per_group ? entry.group : 0];
-    block.shared = &first_options();
+    block.shared = &shared;
     block.params.push_back(entry.param);
     block.ordinals.push_back(entry.ordinal);
     block.grads.push_back(values[static_cast<size_t>(entry.ordinal)]);
-    block.options.push_back(&group_options(entry.group));
-    const auto state = state_.find(entry.param.unsafeGetTensorImpl());
-    block.states.push_back(state == state_.end() ? StateTensors()
-                                                 : static_cast<const ParamState&>(*state->second).tensors);
+    block.options.push_back(options[entry.group]);
+    const StateTensors* tensors = state(entry.param);
+    block.states.push_back(tensors == nullptr ? StateTensors() : *tensors);
   }
   const auto empty = [](const MFACBlock& block) { return mfac_columns(block.params) == 0; };
   result.erase(std::remove_if(result.begin(), result.end(), empty), result.end());
   return result;
 }
 
+std::vector<MFACBlock> MFAC::blocks(const std::vector<at::Tensor>& values) const {
+  std::vector<const Options*> options;
+  for (size_t g = 0; g < param_groups_.size(); ++g) options.push_back(&group_options(g));
+  return blocks(values, options, [this](const at::Tensor& param) -> const StateTensors* {
+    const auto found = state_.find(param.unsafeGetTensorImpl());
+    return found == state_.end() ? nullptr : &static_cast<const ParamState&>(*found->second).tensors;
+  });
+}
+
+void MFAC::check_loaded(const std::vector<const Options*>& options, const StateLookup& state) const {
+  for (const MFACBlock& block : blocks(std::vector<at::Tensor>(entries().size()), options, state)) {
+    mfac_check_columns(block);
+  }
+}
+
 at::Tensor MFAC::step(LossClosure closure) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> params, values;
   std::vector<int64_t> ordinals;
+  std::ignore = first_param();
   for (const Entry& entry : entries()) {
     values.emplace_back();
     if (!entry.param.requires_grad()) continue;

@@ -59,6 +59,10 @@ class MFACBlocks {
     size_ = ordinal;
   }
 
+  void check_columns() const {
+    for (const optim::MFACBlock& block : blocks_) optim::mfac_check_columns(block);
+  }
+
   // A step up to its first write: states of what has a gradient, by ordinal. False if nothing has one.
   bool prepare() {
     std::vector<optim::MFACBlock> busy;
@@ -181,6 +185,7 @@ const Binding binding([](py::module_& module) {
   module.def("mfac_is_window", &optim::mfac_is_window);
   py::class_<MFACBlocks>(module, "MFACBlocks")
       .def(py::init<const py::list&, const OptionalTensors&, const py::list&, const ProcessGroup&>())
+      .def("check_columns", &MFACBlocks::check_columns)
       .def("prepare", &MFACBlocks::prepare)
       .def("step", &MFACBlocks::step)
       .def("precondition", &MFACBlocks::precondition)

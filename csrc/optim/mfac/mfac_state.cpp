@@ -90,10 +90,6 @@ void refit(StateTensors& state, const Columns& wanted) {
   TORCH_CHECK_VALUE(have.shards == 1 || have.count == wanted.count, kName, ": parameters joined a window of ",
                     have.count, " columns that ", have.shards,
                     " processes share: build a new optimizer and load state_dict(include_window=False)");
-  TORCH_CHECK_VALUE(have.count <= wanted.count, kName, ": the window has ", have.count,
-                    " columns, its parameters have ", wanted.count,
-                    " elements: parameters cannot leave a window; load state_dict(include_window=False) into a new "
-                    "optimizer");
   const int64_t each = (tiles_of(wanted.count) + wanted.shards - 1) / wanted.shards;
   const int64_t begin = wanted.shard * each, end = begin + each;
   for (const char* name : {"window_rows", "window_scales", "window_indices"}) {
@@ -194,6 +190,7 @@ void mfac_ready_window(MFACBlock& block, const ColumnShards& shards) {
   const Columns columns{mfac_columns(block.params), shards.rank, shards.count};
   const FisherWindowLayout layout = mfac_layout(options, columns.count, shards.count);
   if (state.count("window_rows") == 0) return make_window(block, layout, columns);
+  mfac_check_columns(block);
   refit(state, columns);
   const at::Device device = window_device(block);
   for (const auto& [name, tensor] : window_tensors()) {
@@ -206,6 +203,20 @@ void mfac_ready_window(MFACBlock& block, const ColumnShards& shards) {
     state["window_ring"].select(0, kFactorForm).zero_();
     state["window_damping"] = at::scalar_tensor(damping, at::kDouble);
   }
+}
+
+void mfac_check_columns(const MFACBlock& block) {
+  if (block.states[0].count("window_layout") == 0) return;
+  const int64_t have = columns_of(block.states[0]).count;
+  int64_t columns = 0;
+  for (const at::Tensor& param : block.params) {
+    columns += param.numel();
+    if (columns == have) return;
+  }
+  TORCH_CHECK_VALUE(false, kName, ": the window has ", have, " columns, which are those of other parameters: the ",
+                    block.params.size(), " of this optimizer have ", columns,
+                    " elements. Parameters may only join at the end of a window; load "
+                    "state_dict(include_window=False) to fill a new one");
 }
 
 void mfac_prepare(MFACBlock& block, const ColumnShards& shards) {

@@ -42,6 +42,10 @@ TORCH_EXT_API void mfac_prepare(MFACBlock& block, const ColumnShards& shards);
 // True if some parameter has a gradient.
 TORCH_EXT_API bool mfac_has_gradients(const MFACBlock& block);
 
+// ValueError unless the columns of the block's window, if it has one, are those of its first few parameters or of all:
+// parameters may have joined since.
+TORCH_EXT_API void mfac_check_columns(const MFACBlock& block);
+
 // Loaded state against its parameter and options; ValueError.
 TORCH_EXT_API void mfac_check_state(const at::Tensor& param, const Options& options, const StateTensors& state);
 

@@ -72,6 +72,10 @@ class TORCH_EXT_API OptimizerBase : public torch::optim::Optimizer {
 
   // Shapes of loaded state against the parameter and its group's options; ValueError.
   virtual void check_state(const at::Tensor& param, const Options& options, const StateTensors& state) const = 0;
+  // What a checkpoint would make of the optimizer, before it does: options of each group, state of a parameter (null if
+  // it has none). Rules that concern several parameters; ValueError.
+  using StateLookup = std::function<const StateTensors*(const at::Tensor& param)>;
+  virtual void check_loaded(const std::vector<const Options*>&, const StateLookup&) const {}
   // Called after a checkpoint was loaded: drops what was begun on top of the old state.
   virtual void state_replaced() {}
 
@@ -86,10 +90,10 @@ class TORCH_EXT_API OptimizerBase : public torch::optim::Optimizer {
   // Its value without creating it (reads the device).
   int64_t global_value(const std::string& name) const;
 
-  ReduceFn reduce_;
-
- private:
+  // ValueError if there is none.
   const at::Tensor& first_param() const;
+
+  ReduceFn reduce_;
 };
 
 }  // namespace torch_ext::optim

@@ -131,8 +131,10 @@ class TORCH_EXT_API MFAC : public OptimizerBase {
 
  private:
   void check_state(const at::Tensor& param, const Options& options, const StateTensors& state) const override;
-  const Options& first_options() const;
+  void check_loaded(const std::vector<const Options*>& options, const StateLookup& state) const override;
   std::vector<MFACBlock> blocks(const std::vector<at::Tensor>& values) const;
+  std::vector<MFACBlock> blocks(const std::vector<at::Tensor>& values, const std::vector<const Options*>& options,
+                                const StateLookup& state) const;
   void keep(const std::vector<MFACBlock>& blocks);
   void apply(const std::vector<at::Tensor>& grads);
 
