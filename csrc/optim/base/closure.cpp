@@ -71,7 +71,7 @@ Evaluation first_order_gradients(const char* optimizer, const Closure& closure, 
   if (result.loss.defined()) result.loss = result.loss.detach();
   for (size_t i = 0; i < params.size(); ++i) {
     at::Tensor& grad = result.grads[i];
-    if (grad.defined() && grad.requires_grad()) grad = grad.detach();
+    if (grad.defined()) grad = grad.detach();  // also of a view, which zero_grad could not detach in place
     if (!result.ran_backward) params[i].mutable_grad() = grad;
   }
   return result;
