@@ -11,7 +11,6 @@
 namespace torch_ext::kernels {
 namespace {
 
-constexpr double kResidualBound = 1e-8;  // of |K p - e|_inf, beyond which the factor is made anew
 constexpr int64_t kProbeEvery = 64;
 constexpr int64_t kRefactorAfter = 16;  // times m
 

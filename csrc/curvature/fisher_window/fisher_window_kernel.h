@@ -86,8 +86,35 @@ struct CommitTensors {
   const double* dots;
   const float* nonfinite;  // null, or a flag that rejects the row
 };
+constexpr double kResidualBound = 1e-8;  // of |K p - e|_inf, beyond which the factor is made anew
+constexpr int64_t kInverseScratch = 4;   // vectors of `slots` doubles that the device form needs
 void window_commit_cpu(const CommitTensors& t, const CommitArgs& args);
 // solution = K^-1 right_side by slot, or m K^-1 e_newest where right_side is null.
 void window_solve_cpu(const CommitTensors& t, const CommitArgs& args, const double* right_side, double* solution);
+
+// The form that CUDA uses (fisher_window_inverse.h) on one CPU thread, for tests: the same bits.
+void window_commit_inverse_cpu(const CommitTensors& t, const CommitArgs& args);
+void window_solve_inverse_cpu(const CommitTensors& t, const CommitArgs& args, const double* right_side,
+                              double* solution);
+
+// --- CUDA, on `stream` of the current device; every pointer is the device's ---
+
+// Row elements [0, padded) in double (`wide`) or float; factor = sign / *grad_scale (null: 1).
+void window_gather_cuda(const std::vector<RowSegment>& segments, double sign, const float* grad_scale, bool wide,
+                        int64_t padded, void* row, void* stream);
+// Encodes row[tiles * kTile] into the spare slot.
+void window_encode_cuda(const WindowView& window, const void* row, void* stream);
+// The same, and fills dots[slots]; partial: doubles, groups * slots.
+void window_dots_cuda(const WindowView& window, const void* row, double* partial, double* dots, void* stream);
+void window_project_cuda(const WindowView& window, const void* x, bool wide, int64_t numel, double* partial,
+                         double* dots, void* stream);
+// out[tiles * kTile].
+void window_combine_cuda(const WindowView& window, const double* coefficients, void* out, void* stream);
+void window_residual_cuda(const WindowView& window, const double* coefficients, const double* x, int64_t numel,
+                          double damping, void* out, void* stream);
+// scratch: kInverseScratch * slots doubles.
+void window_commit_cuda(const CommitTensors& t, const CommitArgs& args, double* scratch, void* stream);
+void window_solve_cuda(const CommitTensors& t, const CommitArgs& args, const double* right_side, double* solution,
+                       double* scratch, void* stream);
 
 }  // namespace torch_ext::kernels

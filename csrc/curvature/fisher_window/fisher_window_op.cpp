@@ -36,6 +36,13 @@ void check_doubles(const at::Tensor& tensor, int64_t numel, const at::Device& de
 
 int64_t bytes_of_tile(const at::Tensor& rows) { return rows.size(1) * rows.size(2) * rows.element_size(); }
 
+#if TORCH_EXT_WITH_CUDA
+at::Tensor partial_sums(const WindowView& view, const at::Tensor& rows) {
+  const int64_t each = kernels::tiles_per_group(view.tiles);
+  return doubles({(view.tiles + each - 1) / each, view.slots}, rows);
+}
+#endif
+
 // body(group, partial[slots]) for each group of tiles, then the ordered sum into dots.
 template <typename Body>
 void sum_over_groups(const WindowView& view, const at::Tensor& rows, const at::Tensor& dots, const Body& body) {
@@ -61,7 +68,17 @@ void dots_impl(const at::Tensor& rows, const at::Tensor& scales, const at::Tenso
                     (view.tiles - 1) * kTile + 1, " and ", view.tiles * kTile);
   const RowFactor factor(negate, grad_scale, rows.device());
   if (rows.is_cuda()) {
-    TORCH_CHECK(false, "not yet");
+#if TORCH_EXT_WITH_CUDA
+    const c10::DeviceGuard guard(rows.device());
+    void* const stream = core::current_stream(rows.device());
+    const auto type = window_arithmetic(view.format);
+    const at::Tensor row = at::empty({view.tiles * kTile}, at::TensorOptions(rows.device()).dtype(type));
+    dots.zero_();
+    kernels::window_gather_cuda(sources.segments(), factor.sign(), factor.scale(), type == at::kDouble, row.numel(),
+                                row.data_ptr(), stream);
+    kernels::window_dots_cuda(view, row.const_data_ptr(), partial_sums(view, rows).data_ptr<double>(),
+                              dots.data_ptr<double>(), stream);
+#endif
     return;
   }
   sum_over_groups(view, rows, dots, [&](int64_t group, double* partial) {
@@ -104,11 +121,15 @@ void commit_impl(const at::Tensor& gram, const at::Tensor& factor, const at::Ten
   t.dots = dots.const_data_ptr<double>();
   at::Tensor flag;
   if (nonfinite.has_value()) {
-    flag = nonfinite->to(gram.device(), at::kFloat, /*non_blocking=*/false);
+    flag = nonfinite->to(gram.device(), at::kFloat, /*non_blocking=*/gram.is_cuda());
     t.nonfinite = flag.const_data_ptr<float>();
   }
   if (gram.is_cuda()) {
-    TORCH_CHECK(false, "not yet");
+#if TORCH_EXT_WITH_CUDA
+    const c10::DeviceGuard guard(gram.device());
+    const at::Tensor scratch = doubles({kernels::kInverseScratch, args.slots}, gram);
+    kernels::window_commit_cuda(t, args, scratch.data_ptr<double>(), core::current_stream(gram.device()));
+#endif
     return;
   }
   kernels::window_commit_cpu(t, args);
@@ -123,7 +144,12 @@ at::Tensor solve_impl(const at::Tensor& gram, const at::Tensor& factor, const at
   at::Tensor solution = doubles({args.slots}, gram);
   const double* right = right_side.has_value() ? right_side->const_data_ptr<double>() : nullptr;
   if (gram.is_cuda()) {
-    TORCH_CHECK(false, "not yet");
+#if TORCH_EXT_WITH_CUDA
+    const c10::DeviceGuard guard(gram.device());
+    const at::Tensor scratch = doubles({kernels::kInverseScratch, args.slots}, gram);
+    kernels::window_solve_cuda(t, args, right, solution.data_ptr<double>(), scratch.data_ptr<double>(),
+                               core::current_stream(gram.device()));
+#endif
     return solution;
   }
   kernels::window_solve_cpu(t, args, right, solution.data_ptr<double>());
@@ -141,7 +167,11 @@ at::Tensor combine_impl(const at::Tensor& rows, const at::Tensor& scales, const 
   const auto type = window_arithmetic(view.format);
   const at::Tensor padded = at::empty({view.tiles * kTile}, at::TensorOptions(rows.device()).dtype(type));
   if (rows.is_cuda()) {
-    TORCH_CHECK(false, "not yet");
+#if TORCH_EXT_WITH_CUDA
+    const c10::DeviceGuard guard(rows.device());
+    kernels::window_combine_cuda(view, coefficients.const_data_ptr<double>(), padded.data_ptr(),
+                                 core::current_stream(rows.device()));
+#endif
   } else {
     const auto live = kernels::window_live(view.ring, coefficients.const_data_ptr<double>());
     auto* out = static_cast<char*>(padded.data_ptr());
@@ -169,7 +199,12 @@ at::Tensor project_impl(const at::Tensor& rows, const at::Tensor& scales, const 
   at::Tensor dots = doubles({view.slots}, rows);
   const bool wide = from.scalar_type() == at::kDouble;
   if (rows.is_cuda()) {
-    TORCH_CHECK(false, "not yet");
+#if TORCH_EXT_WITH_CUDA
+    const c10::DeviceGuard guard(rows.device());
+    kernels::window_project_cuda(view, from.const_data_ptr(), wide, from.numel(),
+                                 partial_sums(view, rows).data_ptr<double>(), dots.data_ptr<double>(),
+                                 core::current_stream(rows.device()));
+#endif
   } else {
     sum_over_groups(view, rows, dots, [&](int64_t group, double* partial) {
       kernels::window_project_cpu(view, from.const_data_ptr(), wide, from.numel(), group, partial);
@@ -188,7 +223,11 @@ at::Tensor residual_impl(const at::Tensor& rows, const at::Tensor& scales, const
   const int64_t numel = from.numel();
   at::Tensor out = at::empty({numel}, at::TensorOptions(rows.device()).dtype(window_arithmetic(view.format)));
   if (rows.is_cuda()) {
-    TORCH_CHECK(false, "not yet");
+#if TORCH_EXT_WITH_CUDA
+    const c10::DeviceGuard guard(rows.device());
+    kernels::window_residual_cuda(view, coefficients.const_data_ptr<double>(), from.const_data_ptr<double>(), numel,
+                                  damping, out.data_ptr(), core::current_stream(rows.device()));
+#endif
     return out;
   }
   const auto live = kernels::window_live(view.ring, coefficients.const_data_ptr<double>());

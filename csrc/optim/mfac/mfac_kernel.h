@@ -30,4 +30,12 @@ TX_HD MfacStep<T> mfac_scalars(const MfacTensor& t) {
 // Elements [begin, end) of one parameter; update points to that of element `begin`, double (`wide`) or float.
 void mfac_update_cpu(const MfacTensor& tensor, const void* update, bool wide, int64_t begin, int64_t end);
 
+// All parameters, counters included, on `stream` of the current device; nothing happens where *ring rejected the row.
+// From a flat update that stands ready, double (`wide`) or float:
+void mfac_update_cuda(const std::vector<MfacTensor>& tensors, const void* update, bool wide, const int64_t* ring,
+                      void* stream);
+// Forming the update on the way; not for topk windows.
+void mfac_fused_cuda(const std::vector<MfacTensor>& tensors, const WindowView& window, const double* coefficients,
+                     void* stream);
+
 }  // namespace torch_ext::kernels

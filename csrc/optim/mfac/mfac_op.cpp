@@ -155,6 +155,8 @@ void update_impl(at::TensorList params, at::TensorList momentum_buffers, at::Ten
     numel += params[i].numel();
     with_window = with_window && params[i].device() == rows.device();
   }
+  // On CUDA a row of topk scatters into a whole tile, which a thread that writes one column cannot do on the way.
+  with_window = with_window && !(rows.is_cuda() && format == "topk");
   const auto type = curvature::window_arithmetic(curvature::window_format(format));
   at::Tensor flat;
   if (update.has_value()) {
@@ -176,11 +178,21 @@ void update_impl(at::TensorList params, at::TensorList momentum_buffers, at::Ten
                     [&](const at::Tensor& p) { return p.device() == device; })) {
       continue;  // buckets differ in dtype too; a device is done with its first one
     }
-    const at::Tensor local_ring = ring.to(device, at::kLong, /*non_blocking=*/true);
+    const at::Tensor local_ring = ring.to(device, at::kLong, /*non_blocking=*/device.is_cuda());
     const Batch batch(lists, begins, device);
-    const at::Tensor u = with_window ? at::Tensor() : flat.to(device, type, /*non_blocking=*/true).contiguous();
+    const at::Tensor u = with_window ? at::Tensor() : flat.to(device, type, /*non_blocking=*/device.is_cuda()).contiguous();
     if (device.is_cuda()) {
-      TORCH_CHECK(false, "not yet");
+#if TORCH_EXT_WITH_CUDA
+      const c10::DeviceGuard guard(device);
+      void* const stream = core::current_stream(device);
+      if (with_window) {
+        kernels::mfac_fused_cuda(batch.tensors, curvature::window_view(rows, scales, indices, {}, ring, format),
+                                 coefficients.const_data_ptr<double>(), stream);
+      } else {
+        kernels::mfac_update_cuda(batch.tensors, u.const_data_ptr(), type == at::kDouble,
+                                  local_ring.const_data_ptr<int64_t>(), stream);
+      }
+#endif
     } else {
       if (local_ring.const_data_ptr<int64_t>()[kernels::kRingAccepted] == 0) continue;
       if (with_window) {
@@ -223,7 +235,11 @@ at::Tensor flatten_impl(const c10::List<std::optional<at::Tensor>>& grads, at::T
   const bool wide = row.scalar_type() == at::kDouble;
   const curvature::RowFactor factor(negate, grad_scale, row.device());
   if (row.is_cuda()) {
-    TORCH_CHECK(false, "not yet");
+#if TORCH_EXT_WITH_CUDA
+    const c10::DeviceGuard guard(row.device());
+    kernels::window_gather_cuda(sources.segments(), factor.sign(), factor.scale(), wide, padded_numel, row.data_ptr(),
+                                core::current_stream(row.device()));
+#endif
   } else {
     auto* out = static_cast<char*>(row.data_ptr());
     at::parallel_for(0, padded_numel, 32768, [&](int64_t begin, int64_t end) {
