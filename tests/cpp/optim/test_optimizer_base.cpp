@@ -60,6 +60,9 @@ at::Tensor settled(const ParamState& state, const std::string& name, const at::T
   if ((name == "window_rows" || name == "window_scales" || name == "window_indices") && copy.dim() > 1) {
     copy.select(1, state.at("window_ring")[1].item<int64_t>()).zero_();
   }
+  if (name == "window_error" && copy.dim() > 1) {  // the half that the next accepted row takes
+    copy.select(0, 1 - state.at("window_ring")[8].item<int64_t>() % 2).zero_();
+  }
   return copy;
 }
 

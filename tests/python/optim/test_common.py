@@ -123,6 +123,9 @@ def without_counters(state_dict: dict[str, Any]) -> dict[str, Any]:
             if own[name].dim() > 1:
                 own[name] = own[name].clone()
                 own[name][:, ring[1]] = 0
+        if own["window_error"].dim() > 1:  # the half that the next accepted row takes
+            own["window_error"] = own["window_error"].clone()
+            own["window_error"][1 - ring[8] % 2] = 0
     return {**state_dict, "state": state}
 
 
@@ -613,14 +616,23 @@ def test_default_dtype_does_not_matter(case: Case) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_follows_float64(case: Case, dtype: torch.dtype) -> None:
-    """Within 2 ulp of the float64 optimizer whose parameters are rounded after each step."""
+    """Within 2 ulp of the float64 optimizer whose parameters are rounded after each step.
+
+    M-FAC takes the very gradients of the narrow one: nearly equal rows are nearly singular, so that the rounding of a
+    gradient, which is no error of the optimizer, is far larger in a step.
+    """
     narrow = inputs((4, 6), (2, 3, 2, 2), (4,), dtype=dtype)
     wide = [p.detach().double().requires_grad_() for p in narrow]
     a, b = case.make("python", narrow, lr=0.05), case.make("python", wide, lr=0.05)
     largest = [p.detach().abs() for p in wide]  # the rounding errors of a path have this scale
     for _ in range(10):
         case.step(a, quartic(narrow))
-        case.step(b, quartic(wide))
+        if case.optimizer == "MFAC":
+            for p, q in zip(wide, narrow, strict=True):
+                p.grad = q.grad.double()
+            b.step()
+        else:
+            case.step(b, quartic(wide))
         with torch.no_grad():
             for i, p in enumerate(wide):
                 p.copy_(p.to(dtype))
