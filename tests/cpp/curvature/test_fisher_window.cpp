@@ -338,7 +338,7 @@ TEST(FisherWindow, BadInput) {
   expect_error<c10::ValueError>([] { FisherWindow(1024, 1000000000000, 0.1); }, "num_grads");
   FisherWindow window(4, 3, 0.1);
   expect_error<c10::Error>([&] { window.push(torch::ones({4})); }, "3");
-  expect_error<c10::Error>([&] { window.push(torch::ones({3}, at::kComplexFloat)); }, "floating");
+  expect_error<c10::Error>([&] { window.push(torch::ones({3}, at::kComplexFloat)); }, "complex");
   expect_error<c10::Error>([&] { window.solve_newest(); }, "row");
 }
 
