@@ -90,7 +90,8 @@ RowSources::RowSources(const char* op, const c10::List<std::optional<at::Tensor>
   core::check_same_length(op, "grads", params.size(), grads.size());
   core::check_same_length(op, "weight_decay", params.size(), weight_decay.size());
   const auto keep = [&](const at::Tensor& tensor) {
-    return kept_.emplace_back(tensor.detach().to(device, tensor.scalar_type(), /*non_blocking=*/device.is_cuda()).contiguous())
+    return kept_
+        .emplace_back(tensor.detach().to(device, tensor.scalar_type(), /*non_blocking=*/device.is_cuda()).contiguous())
         .const_data_ptr();
   };
   for (size_t i = 0; i < params.size(); ++i) {

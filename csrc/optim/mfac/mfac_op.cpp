@@ -180,7 +180,8 @@ void update_impl(at::TensorList params, at::TensorList momentum_buffers, at::Ten
     }
     const at::Tensor local_ring = ring.to(device, at::kLong, /*non_blocking=*/device.is_cuda());
     const Batch batch(lists, begins, device);
-    const at::Tensor u = with_window ? at::Tensor() : flat.to(device, type, /*non_blocking=*/device.is_cuda()).contiguous();
+    const at::Tensor u =
+        with_window ? at::Tensor() : flat.to(device, type, /*non_blocking=*/device.is_cuda()).contiguous();
     if (device.is_cuda()) {
 #if TORCH_EXT_WITH_CUDA
       const c10::DeviceGuard guard(device);
