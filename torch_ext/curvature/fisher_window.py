@@ -69,8 +69,8 @@ class FisherWindow:
         """
         _C.fisher_window_check_row(row, self.dim, "the row")
         s, row = self._state, row.detach()
-        dots = s["gram"].new_empty(self.num_grads + 2)
-        coefficients = s["gram"].new_empty(self.num_grads + 1)
+        slots = s["gram"].shape[:1]  # one number each
+        dots, coefficients = s["gram"].new_empty(slots), s["gram"].new_empty(slots)
         with torch.no_grad():
             torch.ops.torch_ext.fisher_window_dots_(
                 s["rows"],

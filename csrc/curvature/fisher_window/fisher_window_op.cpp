@@ -61,7 +61,7 @@ void dots_impl(const at::Tensor& rows, const at::Tensor& scales, const at::Tenso
                const std::optional<at::Tensor>& grad_scale, std::string_view format) {
   constexpr const char* kName = "fisher_window_dots_";
   const WindowView view = window_view(rows, scales, indices, error, ring, format);
-  check_doubles(dots, view.slots + 1, rows.device(), kName, "dots");
+  check_doubles(dots, std::max(view.slots, dots.numel()), rows.device(), kName, "dots");
   const RowSources sources(kName, grads, params, weight_decay, rows.device());
   TORCH_CHECK_VALUE(sources.numel() <= view.tiles * kTile && sources.numel() > (view.tiles - 1) * kTile, kName,
                     ": the row has ", sources.numel(), " elements, the window's rows between ",
@@ -84,7 +84,7 @@ void dots_impl(const at::Tensor& rows, const at::Tensor& scales, const at::Tenso
   sum_over_groups(view, rows, dots, [&](int64_t group, double* partial) {
     kernels::window_dots_cpu(view, sources.segments(), factor.value(), group, partial);
   });
-  dots.data_ptr<double>()[view.slots] = 0;
+  std::fill(dots.data_ptr<double>() + view.slots, dots.data_ptr<double>() + dots.numel(), 0.0);
 }
 
 kernels::CommitTensors commit_tensors(const at::Tensor& gram, const at::Tensor& factor, const at::Tensor& ring,
@@ -116,7 +116,7 @@ void commit_impl(const at::Tensor& gram, const at::Tensor& factor, const at::Ten
   kernels::CommitArgs args{damping, 0, 0, warmup_steps, refactor_every, warmup_scaling};
   kernels::CommitTensors t = commit_tensors(gram, factor, ring, &args, kName);
   check_doubles(coefficients, args.slots, gram.device(), kName, "coefficients");
-  check_doubles(dots, args.slots + 1, gram.device(), kName, "dots");
+  check_doubles(dots, std::max(args.slots, dots.numel()), gram.device(), kName, "dots");
   t.coefficients = coefficients.data_ptr<double>();
   t.dots = dots.const_data_ptr<double>();
   at::Tensor flag;

@@ -64,10 +64,10 @@ TORCH_EXT_API void fisher_window_check_row(const at::Tensor& row, int64_t dim, c
 
 // Pass 1. The row is, over all (grad, param) pairs in order and row-major inside each: +-g + weight_decay p, a missing
 // gradient giving zeros (`negate` for the sign; g is divided by the 0-dim float32 grad_scale where there is one). It is
-// encoded into the spare slot (with what earlier rows lost if there is error feedback), and dots [m + 2] float64
-// becomes its products with every live row, by slot; at the spare slot its product with itself; the rest 0. One element
-// that is not finite makes the latter not finite, in every format. Gradients may sit on another device than the window
-// and have any floating dtype.
+// encoded into the spare slot (with what earlier rows lost if there is error feedback), and dots [m + 1 or more]
+// float64 becomes its products with every live row, by slot; at the spare slot its product with itself; the rest 0. One
+// element that is not finite makes the latter not finite, in every format. Gradients may sit on another device than the
+// window and have any floating dtype.
 TORCH_EXT_API void fisher_window_dots_(const at::Tensor& rows, const at::Tensor& scales, const at::Tensor& indices,
                                        const at::Tensor& error, const at::Tensor& dots, const at::Tensor& ring,
                                        const c10::List<std::optional<at::Tensor>>& grads, at::TensorList params,
