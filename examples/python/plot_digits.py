@@ -102,7 +102,8 @@ def draw(results: list[dict[str, Any]], path: str) -> None:
     handles += [Line2D([], [], color="0.25", label=language, **STYLES[language]) for language in languages]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False)
     rows = f"{results[0]['train_rows']} train and {results[0]['test_rows']} test rows, seed {results[0]['seed']}"
-    listed = ", ".join([*names][:-1]) + f" and {[*names][-1]}" if len(names) > 1 else next(iter(names))
+    methods = [*dict.fromkeys(name.split()[0] for name in names)]  # "MFAC int8" is a way to run MFAC
+    listed = " and ".join([", ".join(methods[:-1]), methods[-1]] if len(methods) > 1 else methods)
     figure.suptitle(f"One program, one line exchanged: {listed} ({rows})", fontweight="bold")
     figure.savefig(path, dpi=100)  # 1200 x 500 pixels
 
