@@ -157,7 +157,7 @@ def small_part(m: int, count: int) -> dict[str, float]:
     window.push(torch.ones(1024))
     state = window.state_dict()
     gram, factor, ring = (state[name] for name in ("gram", "factor", "ring"))
-    dots = torch.full((m + 2,), 1024.0, dtype=torch.float64)  # all rows are equal
+    dots = torch.full((m + 1,), 1024.0, dtype=torch.float64)  # all rows are equal
     coefficients = torch.zeros(m + 1, dtype=torch.float64)
 
     def commit() -> None:

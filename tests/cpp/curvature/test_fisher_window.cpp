@@ -77,7 +77,7 @@ struct RawWindow {
     layout.dim = d;
     layout.format = format;
     state = fisher_window_state(layout, at::kCPU);
-    dots = torch::zeros({m + 2}, at::kDouble);
+    dots = torch::zeros({m + 1}, at::kDouble);
     coefficients = torch::zeros({m + 1}, at::kDouble);
   }
   void products(const at::Tensor& row) {
@@ -203,7 +203,7 @@ TEST(FisherWindow, Spec06ColumnsOverSimulatedRanks) {
     for (int64_t r = 0; r < ranks; ++r) parts.emplace_back(m, cut(r + 1) - cut(r), 1e-3);
     for (int64_t t = 0; t < rows.size(0); ++t) {
       const at::Tensor expected = whole.step(rows[t]);
-      at::Tensor total = torch::zeros({m + 2}, at::kDouble);
+      at::Tensor total = torch::zeros({m + 1}, at::kDouble);
       for (int64_t r = 0; r < ranks; ++r) {
         parts[r].products(rows[t].slice(0, cut(r), cut(r + 1)).contiguous());
         total += parts[r].dots;

@@ -44,7 +44,7 @@ def kept_per_tile(topk: float) -> int:
 
 
 def stored_row(row: Tensor, window_format: str, topk: float = 0.01) -> Tensor:
-    """What the window holds of ``row`` [d] after encoding and decoding: float64 for float64, else float32."""
+    """What the window holds of ``row`` [d] after encoding and decoding: float64 for float64 and int8, else float32."""
     if window_format == "float64":
         return row.double()
     row = row.float()
@@ -58,7 +58,7 @@ def stored_row(row: Tensor, window_format: str, topk: float = 0.01) -> Tensor:
         scale = blocks.abs().amax(1, keepdim=True) / 127
         values = (blocks / scale).round().clamp(-127, 127)
         values = torch.where(scale == 0, torch.zeros_like(values), values)
-        return (values * scale).reshape(-1)[: row.numel()]
+        return (values.double() * scale.double()).reshape(-1)[: row.numel()]  # exact
     if window_format == "topk":
         tiles = padded.reshape(-1, TILE)
         largest = tiles.abs().sort(dim=1, descending=True, stable=True).indices[:, : kept_per_tile(topk)]
@@ -115,7 +115,7 @@ class FisherWindowReference:
         if not bool(norm.isfinite()):
             return False
         if self.error is not None:
-            self.error = acc - stored
+            self.error = acc - stored.float()
         self.rows = [*self.rows, stored][-self.num_grads :]
         return True
 
