@@ -91,7 +91,7 @@ TX_CLONES void encode_int8(const float* __restrict row, int8_t* __restrict to, f
     scales[b] = scale;
     for (int64_t i = b * kScaleBlock; i < (b + 1) * kScaleBlock; ++i) {
       to[i] = int8_code(row[i], scale);
-      codes[i] = to[i];
+      codes[i] = static_cast<int16_t>(to[i]);
       stored[i] = static_cast<float>(to[i]) * scale;
     }
   }

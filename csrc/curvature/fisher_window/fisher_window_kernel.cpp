@@ -45,12 +45,14 @@ TX_CLONES void dots_int8(const int8_t* __restrict rows, const float* __restrict 
 TX_CLONES void project_int8(const int8_t* __restrict rows, const float* __restrict scales,
                             const double* __restrict query, int64_t count, double* __restrict out) {
   for (int64_t s = 0; s < count; ++s) {
+    double total = 0;
     for (int64_t b = 0; b < kScales; ++b) {
       const int8_t* row = rows + s * kTile + b * kScaleBlock;
       const double* x = query + b * kScaleBlock;
       const double sum = core::sum_segment(kScaleBlock, [=](int64_t i) { return static_cast<double>(row[i]) * x[i]; });
-      out[s] += static_cast<double>(scales[s * kScales + b]) * sum;
+      total += static_cast<double>(scales[s * kScales + b]) * sum;
     }
+    out[s] += total;
   }
 }
 

@@ -285,7 +285,7 @@ at::Tensor residual_meta(const at::Tensor& rows, const at::Tensor&, const at::Te
   return flat_meta(rows, x.sym_numel(), format);
 }
 at::Tensor gram_meta(const at::Tensor& gram, const at::Tensor&, c10::SymInt count) {
-  return at::empty_symint({count, count}, gram.options().requires_grad(false));
+  return at::empty_symint({count, std::move(count)}, gram.options().requires_grad(false));
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iomanip>
+#include <limits>
 #include <sstream>
 #include <vector>
 
@@ -34,7 +35,7 @@ std::vector<TensorSpec> specs(const FisherWindowLayout& layout) {
   const bool sparse = format == WindowFormat::kTopK;
   const int64_t kept = std::max<int64_t>(1, static_cast<int64_t>(std::ceil(layout.topk * static_cast<double>(kTile))));
   const std::vector<int64_t> none{0};
-  const auto only = [&](bool used, std::vector<int64_t> shape) { return used ? std::move(shape) : none; };
+  const auto only = [&](bool used, const std::vector<int64_t>& shape) { return used ? shape : none; };
   using S = FisherWindowState;
   return {
       {"rows", &S::rows, window_dtype(format), {tiles, m + 1, sparse ? kept : kTile}},
@@ -90,11 +91,14 @@ void fisher_window_check(const FisherWindowLayout& layout, double damping) {
 }
 
 int64_t fisher_window_bytes(const FisherWindowLayout& layout) {
-  int64_t bytes = 0;
+  double bytes = 0;  // exact up to 2^53, and no overflow however large the numbers
   for (const TensorSpec& spec : specs(layout)) {
-    bytes += c10::multiply_integers(spec.shape) * static_cast<int64_t>(c10::elementSize(spec.dtype));
+    double product = static_cast<double>(c10::elementSize(spec.dtype));
+    for (const int64_t size : spec.shape) product *= static_cast<double>(size);
+    bytes += product;
   }
-  return bytes;
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  return bytes < static_cast<double>(kMost) ? static_cast<int64_t>(bytes) : kMost;
 }
 
 void fisher_window_check_memory(const FisherWindowLayout& layout, const at::Device& device) {
