@@ -96,6 +96,7 @@ class FisherWindowReference:
         self.dtype = torch.float64 if window_format == "float64" else torch.float32
         self.error = torch.zeros(dim) if error_feedback or window_format == "topk" else None
         self.rows: list[Tensor] = []  # oldest first
+        self.accepted = 0  # in total
 
     @property
     def count(self) -> int:
@@ -117,6 +118,7 @@ class FisherWindowReference:
         if self.error is not None:
             self.error = acc - stored.float()
         self.rows = [*self.rows, stored][-self.num_grads :]
+        self.accepted += 1
         return True
 
     def gram(self) -> Tensor:

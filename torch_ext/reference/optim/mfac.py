@@ -8,7 +8,7 @@ gradient (negated for maximize), t the rows in the window and F as in
     row = g + weight_decay p            coupled decay; a parameter without a gradient gives zeros
     q   = the stored row
     u   = F^-1 q                        times t/m with warmup_scaling: damping m/t lambda and an average over t rows
-    u   = m q / (m lambda + |q|^2)      instead, in the first warmup_steps steps (times t/m too): one row alone
+    u   = m q / (m lambda + |q|^2)      instead, for the first warmup_steps rows (times t/m too): one row alone
     b   = momentum b + (1 - dampening) u
     p   = p (1 - lr weight_decay)       with decoupled decay only
     p   = p - lr b
@@ -116,7 +116,6 @@ class MFACReference:
         self.options = base
         self.damping = base.damping
         self.global_skipped = 0
-        self.accepted = 0
         self.windows: dict[int, FisherWindowReference] = {}
 
     @property
@@ -170,7 +169,7 @@ class MFACReference:
     def update(self, window: FisherWindowReference) -> Tensor:
         """u, in the arithmetic of the window."""
         o, m, q = self.options, self.options.num_grads, window.matrix[-1]
-        if self.accepted <= o.warmup_steps:
+        if window.accepted <= o.warmup_steps:
             u = q * (m / (m * self.damping + float(q @ q)))
         else:
             u = window.solve_newest()
@@ -186,13 +185,12 @@ class MFACReference:
         blocks = [b for b in self.blocks() if any(grads[i] is not None for i in b)]
         rows = [self.flat(block, grads) for block in blocks]
         windows = [self.window(self.params[b[0]].group, row.numel()) for b, row in zip(blocks, rows, strict=True)]
-        before = [(w.rows, w.error) for w in windows]
+        before = [(w.rows, w.error, w.accepted) for w in windows]
         if not all(w.push(row) for w, row in zip(windows, rows, strict=True)):
-            for w, (old_rows, old_error) in zip(windows, before, strict=True):
-                w.rows, w.error = old_rows, old_error
+            for w, kept in zip(windows, before, strict=True):
+                w.rows, w.error, w.accepted = kept
             self.global_skipped += 1
             return
-        self.accepted += 1
         for block, window in zip(blocks, windows, strict=True):
             u = self.update(window)
             sizes = [self.params[i].tensor.numel() for i in block]
