@@ -110,8 +110,8 @@ __global__ void __launch_bounds__(kTile) encode(WindowView w, const void* row) {
     stored = core::load(value);
   } else if (w.format == WindowFormat::kInt8) {
     const float scale = int8_scale(largest_of_block(magnitude_bits(x), shared));
-    const int8_t code = int8_code(x, scale);
-    static_cast<int8_t*>(w.rows)[place * kTile + column] = code;
+    const int32_t code = int8_code(x, scale);
+    static_cast<int8_t*>(w.rows)[place * kTile + column] = static_cast<int8_t>(code);
     if (column % kScaleBlock == 0) w.scales[place * kScales + column / kScaleBlock] = scale;
     stored = static_cast<float>(code) * scale;
   } else {

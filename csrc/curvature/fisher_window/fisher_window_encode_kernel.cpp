@@ -90,9 +90,10 @@ TX_CLONES void encode_int8(const float* __restrict row, int8_t* __restrict to, f
     const float scale = int8_scale(largest);
     scales[b] = scale;
     for (int64_t i = b * kScaleBlock; i < (b + 1) * kScaleBlock; ++i) {
-      to[i] = int8_code(row[i], scale);
-      codes[i] = static_cast<int16_t>(to[i]);
-      stored[i] = static_cast<float>(to[i]) * scale;
+      const int32_t code = int8_code(row[i], scale);
+      to[i] = static_cast<int8_t>(code);
+      codes[i] = static_cast<int16_t>(code);
+      stored[i] = static_cast<float>(code) * scale;
     }
   }
 }

@@ -30,11 +30,11 @@ constexpr uint32_t kInfinityBits = 0x7f800000u;  // what is not finite has magni
 
 // int8: value = scale * code. A block that is not finite gets a scale that is not, and with it all its products.
 TX_HD float int8_scale(uint32_t largest_bits) { return core::bits_float(largest_bits) / 127.0f; }
-TX_HD int8_t int8_code(float x, float scale) {
+TX_HD int32_t int8_code(float x, float scale) {
   if (!(scale > 0) || magnitude_bits(scale) >= kInfinityBits) return 0;
   const float ratio = x / scale;
   const float rounded = (ratio + 12582912.0f) - 12582912.0f;  // to the nearest integer, ties to even; |ratio| < 2^22
-  return static_cast<int8_t>(rounded > 127 ? 127.0f : rounded < -127 ? -127.0f : rounded);
+  return static_cast<int32_t>(rounded > 127 ? 127.0f : rounded < -127 ? -127.0f : rounded);
 }
 
 TX_HD float decoded(float x) { return x; }
