@@ -169,8 +169,8 @@ at::Tensor MFAC::step(LossClosure closure) {
 // Writes back the states that the windows' preparation has made or moved.
 void MFAC::keep(const std::vector<MFACBlock>& blocks) {
   for (const MFACBlock& block : blocks) {
-    for (size_t i = 0; i < block.params.size(); ++i) {
-      if (!block.states[i].empty()) state_of(block.params[i]).tensors = block.states[i];
+    for (size_t i = 0; i < block.changed.size(); ++i) {
+      if (block.changed[i] != 0) state_of(block.params[i]).tensors = block.states[i];
     }
   }
 }

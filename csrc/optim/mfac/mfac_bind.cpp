@@ -101,8 +101,8 @@ class MFACBlocks {
   std::map<int64_t, optim::StateTensors> states() const {
     std::map<int64_t, optim::StateTensors> result;
     for (const optim::MFACBlock& block : blocks_) {
-      for (size_t i = 0; i < block.params.size(); ++i) {
-        if (!block.states[i].empty()) result[block.ordinals[i]] = block.states[i];
+      for (size_t i = 0; i < block.changed.size(); ++i) {
+        if (block.changed[i] != 0) result[block.ordinals[i]] = block.states[i];
       }
     }
     return result;

@@ -74,15 +74,15 @@ at::Tensor cut(const at::Tensor& tensor, int64_t dim, int64_t unit, int64_t begi
   if (high - low < (end - begin) * unit) {
     std::vector<int64_t> rest = part.sizes().vec();
     rest[static_cast<size_t>(dim)] = (end - begin) * unit - (high - low);
-    part = at::cat({part, at::zeros(rest, part.options())}, dim);
+    return at::cat({part, at::zeros(rest, part.options())}, dim);
   }
   return part.clone(at::MemoryFormat::Contiguous);
 }
 
-// The window with other columns than it was made for.
-void refit(StateTensors& state, const Columns& wanted) {
+// Fits a window to other columns than it was made for; true if it had to.
+bool refit(StateTensors& state, const Columns& wanted) {
   const Columns have = columns_of(state);
-  if (have == wanted) return;
+  if (have == wanted) return false;
   TORCH_CHECK_VALUE(have.shards == 1 || (have.shards == wanted.shards && have.shard == wanted.shard), kName,
                     ": this state's window holds slice ", have.shard, " of ", have.shards, ", this is process ",
                     wanted.shard, " of ", wanted.shards,
@@ -97,6 +97,7 @@ void refit(StateTensors& state, const Columns& wanted) {
   }
   state["window_error"] = cut(state["window_error"], 1, kTile, begin, end);
   set_columns(state, wanted);
+  return true;
 }
 
 void make_window(MFACBlock& block, const FisherWindowLayout& layout, const Columns& columns) {
@@ -113,18 +114,25 @@ void make_window(MFACBlock& block, const FisherWindowLayout& layout, const Colum
   set_columns(state, columns);
 }
 
-void ready_parameter(const at::Tensor& param, const Options& options, StateTensors& state) {
-  for (auto& [name, tensor] : state) {
-    if ((name == "step" || name == "momentum_buffer") && tensor.device() != param.device()) {
-      tensor = tensor.to(param.device());
-    }
+// True if it has made or moved something.
+bool ready_parameter(const at::Tensor& param, const Options& options, StateTensors& state) {
+  bool changed = false;
+  for (const char* name : {"step", "momentum_buffer"}) {
+    const auto found = state.find(name);
+    if (found == state.end() || found->second.device() == param.device()) continue;
+    found->second = found->second.to(param.device());
+    changed = true;
   }
-  const auto blank = param.options().requires_grad(false).memory_format(c10::nullopt);
-  if (state.count("step") == 0) state["step"] = at::zeros({}, blank.dtype(at::kFloat));
+  if (state.count("step") == 0) {
+    state["step"] = at::zeros({}, at::TensorOptions(param.device()).dtype(at::kFloat));
+    changed = true;
+  }
   if (options.get("momentum").toDouble() != 0 && state.count("momentum_buffer") == 0) {
     state["momentum_buffer"] =
         at::zeros_like(param, param.options().dtype(core::arithmetic_type(param.scalar_type())).requires_grad(false));
+    changed = true;
   }
+  return changed;
 }
 
 void check_window(const Options& options, const StateTensors& state) {
@@ -189,19 +197,27 @@ void mfac_ready_window(MFACBlock& block, const ColumnShards& shards) {
   const Options& options = *block.shared;
   const Columns columns{mfac_columns(block.params), shards.rank, shards.count};
   const FisherWindowLayout layout = mfac_layout(options, columns.count, shards.count);
-  if (state.count("window_rows") == 0) return make_window(block, layout, columns);
+  block.changed.resize(block.params.size());
+  if (state.count("window_rows") == 0) {
+    make_window(block, layout, columns);
+    block.changed[0] = 1;
+    return;
+  }
   mfac_check_columns(block);
-  refit(state, columns);
+  if (refit(state, columns)) block.changed[0] = 1;
   const at::Device device = window_device(block);
   for (const auto& [name, tensor] : window_tensors()) {
     at::Tensor& held = state[name];
-    if (held.device() != device) held = held.to(device);
+    if (held.device() == device) continue;
+    held = held.to(device);
+    block.changed[0] = 1;
   }
   curvature::fisher_window_check_state(layout, mfac_window(state), kName);
   const double damping = options.get("damping").toDouble();
   if (*state["window_damping"].const_data_ptr<double>() != damping) {
     state["window_ring"].select(0, kFactorForm).zero_();
     state["window_damping"] = at::scalar_tensor(damping, at::kDouble);
+    block.changed[0] = 1;
   }
 }
 
@@ -223,7 +239,8 @@ void mfac_prepare(MFACBlock& block, const ColumnShards& shards) {
   const at::NoGradGuard no_grad;
   mfac_ready_window(block, shards);
   for (size_t i = 0; i < block.params.size(); ++i) {
-    if (block.grads[i].defined()) ready_parameter(block.params[i], *block.options[i], block.states[i]);
+    if (!block.grads[i].defined()) continue;
+    if (ready_parameter(block.params[i], *block.options[i], block.states[i])) block.changed[i] = 1;
   }
 }
 

@@ -17,7 +17,8 @@ struct MFACBlock {
   std::vector<int64_t> ordinals;        // their running numbers over all groups
   std::vector<at::Tensor> grads;        // undefined where a parameter has none; of precondition() the vectors
   std::vector<const Options*> options;  // of each parameter's group
-  std::vector<StateTensors> states;     // of each parameter; empty where neither a gradient nor the window is
+  std::vector<StateTensors> states;     // of each parameter, a copy
+  std::vector<char> changed;            // nonzero where the optimizer must take over that copy
 };
 
 // True for state that belongs to a block.

@@ -709,7 +709,9 @@ TEST_P(AnyOptimizer, StepLRChangesTheSteps) {
 
 TEST_P(AnyOptimizer, ReduceLROnPlateau) {
   const Problem p = quartic({{3}});
-  const auto optimizer = on(p, settings({{"lr", 0.1}}));
+  auto options = GetParam().steady;
+  options.emplace_back("lr", 0.1);
+  const auto optimizer = on(p, settings(options));
   torch::optim::ReduceLROnPlateauScheduler scheduler(*optimizer, torch::optim::ReduceLROnPlateauScheduler::min,
                                                      /*factor=*/0.5, /*patience=*/1);
   const auto lr = [&] { return optimizer->param_groups()[0].options().get_lr(); };

@@ -28,6 +28,8 @@ struct OptimizerCase {
   std::string own_state;    // a state tensor of the parameter's shape, if the optimizer keeps it
   bool elementwise = true;  // what happens to an element depends on its own gradient only
   std::vector<std::pair<std::string, c10::IValue>> large = {};  // options that keep large tensors affordable
+  // options with which a few steps make a loss without noise smaller, next to any learning rate up to 0.1
+  std::vector<std::pair<std::string, c10::IValue>> steady = {};
 
   // Options of the type with some fields set explicitly.
   std::unique_ptr<optim::Options> with(const c10::IValue& settings) const {
@@ -67,6 +69,7 @@ inline const std::vector<OptimizerCase>& optimizer_cases() {
     OptimizerCase mfac = optimizer_case<optim::MFAC, optim::MFACOptions>(1e-3, "momentum_buffer");
     mfac.elementwise = false;
     mfac.large = {{"num_grads", int64_t{4}}};
+    mfac.steady = {{"damping", 1.0}};
     return std::vector<OptimizerCase>{optimizer_case<optim::AdaHessian, optim::AdaHessianOptions>(0.15, "exp_avg"),
                                       std::move(mfac)};
   }();
