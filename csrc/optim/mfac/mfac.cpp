@@ -208,20 +208,10 @@ void MFAC::set_damping(double damping) {
   for (auto& group : param_groups_) static_cast<Options&>(group.options()).set("damping", damping);
 }
 
-int64_t MFAC::window_count() const {
-  int64_t count = 0;
-  for (const MFACBlock& block : blocks(std::vector<at::Tensor>(entries().size()))) {
-    count = std::max(count, mfac_window_count(block));
-  }
-  return count;
-}
+int64_t MFAC::window_count() const { return mfac_window_count(blocks(std::vector<at::Tensor>(entries().size()))); }
 
 int64_t MFAC::memory_bytes() const {
-  int64_t bytes = 0;
-  for (const MFACBlock& block : blocks(std::vector<at::Tensor>(entries().size()))) {
-    bytes += mfac_memory_bytes(block, shards_.count);
-  }
-  return bytes;
+  return mfac_memory_bytes(blocks(std::vector<at::Tensor>(entries().size())), shards_.count);
 }
 
 c10::IValue MFAC::state_dict(bool include_window) const {

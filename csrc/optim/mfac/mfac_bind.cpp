@@ -4,7 +4,6 @@
 #include <torch_ext/distributed.h>
 #include <torch_ext/optim/mfac.h>
 
-#include <algorithm>
 #include <map>
 #include <memory>
 #include <optional>
@@ -108,17 +107,8 @@ class MFACBlocks {
     return result;
   }
 
-  int64_t window_count() const {
-    int64_t count = 0;
-    for (const optim::MFACBlock& block : blocks_) count = std::max(count, optim::mfac_window_count(block));
-    return count;
-  }
-
-  int64_t memory_bytes() const {
-    int64_t bytes = 0;
-    for (const optim::MFACBlock& block : blocks_) bytes += optim::mfac_memory_bytes(block, shards_.count);
-    return bytes;
-  }
+  int64_t window_count() const { return optim::mfac_window_count(blocks_); }
+  int64_t memory_bytes() const { return optim::mfac_memory_bytes(blocks_, shards_.count); }
 
  private:
   void add(optim::MFACBlock& block, at::Tensor param, size_t group, at::Tensor value, const py::handle& state,

@@ -10,6 +10,7 @@
 #include <c10/util/Logging.h>
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "core/check.h"
@@ -172,14 +173,29 @@ FisherWindowLayout mfac_layout(const Options& options, int64_t columns, int64_t 
   return layout;
 }
 
-int64_t mfac_memory_bytes(const MFACBlock& block, int64_t shards) {
-  const int64_t columns = mfac_columns(block.params);
-  if (columns == 0) return 0;
-  const FisherWindowState window = mfac_window(block.states[0]);
-  if (!window.rows.defined()) return curvature::fisher_window_bytes(mfac_layout(*block.shared, columns, shards));
-  int64_t bytes = 0;
-  for (const auto& [name, tensor] : window_tensors()) bytes += static_cast<int64_t>((window.*tensor).nbytes());
-  return bytes;
+int64_t mfac_memory_bytes(const std::vector<MFACBlock>& blocks, int64_t shards) {
+  constexpr int64_t kMost = std::numeric_limits<int64_t>::max();
+  int64_t total = 0;
+  for (const MFACBlock& block : blocks) {
+    const FisherWindowState window = mfac_window(block.states[0]);
+    int64_t bytes = 0;
+    if (window.rows.defined()) {
+      for (const auto& [name, tensor] : window_tensors()) bytes += static_cast<int64_t>((window.*tensor).nbytes());
+    } else {
+      bytes = curvature::fisher_window_bytes(mfac_layout(*block.shared, mfac_columns(block.params), shards));
+    }
+    total = bytes > kMost - total ? kMost : total + bytes;
+  }
+  return total;
+}
+
+int64_t mfac_window_count(const std::vector<MFACBlock>& blocks) {
+  int64_t count = 0;
+  for (const MFACBlock& block : blocks) {
+    const FisherWindowState window = mfac_window(block.states[0]);
+    if (window.ring.defined()) count = std::max(count, window.ring[0].item<int64_t>());
+  }
+  return count;
 }
 
 FisherWindowState mfac_window(const StateTensors& state) {

@@ -29,8 +29,10 @@ TORCH_EXT_API bool mfac_has_columns(const at::Tensor& param);
 TORCH_EXT_API int64_t mfac_columns(const std::vector<at::Tensor>& params);
 // The window of one of `shards` processes that share so many columns.
 TORCH_EXT_API curvature::FisherWindowLayout mfac_layout(const Options& options, int64_t columns, int64_t shards);
-// Bytes of the block's window: of the one that exists, else of the one that the next step makes.
-TORCH_EXT_API int64_t mfac_memory_bytes(const MFACBlock& block, int64_t shards);
+// Bytes of the blocks' windows: of those that exist, else of those that the next step makes.
+TORCH_EXT_API int64_t mfac_memory_bytes(const std::vector<MFACBlock>& blocks, int64_t shards);
+// Rows in the fullest window.
+TORCH_EXT_API int64_t mfac_window_count(const std::vector<MFACBlock>& blocks);
 // Its tensors; rows is undefined if there is none.
 curvature::FisherWindowState mfac_window(const StateTensors& state);
 

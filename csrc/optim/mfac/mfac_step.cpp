@@ -190,9 +190,4 @@ std::vector<at::Tensor> mfac_precondition(const MFACBlock& block, const ColumnSh
   return out;
 }
 
-int64_t mfac_window_count(const MFACBlock& block) {
-  const FisherWindowState window = mfac_window(block.states[0]);
-  return window.ring.defined() ? window.ring[0].item<int64_t>() : 0;
-}
-
 }  // namespace torch_ext::optim

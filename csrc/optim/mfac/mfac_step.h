@@ -26,7 +26,4 @@ TORCH_EXT_API std::vector<at::Tensor> mfac_precondition(const MFACBlock& block, 
 // ValueError unless precondition() was given a tensor or nothing for each of the optimizer's parameters.
 TORCH_EXT_API void mfac_check_vectors(const std::vector<at::Tensor>& params, const std::vector<at::Tensor>& x);
 
-// Rows in the block's window.
-TORCH_EXT_API int64_t mfac_window_count(const MFACBlock& block);
-
 }  // namespace torch_ext::optim
