@@ -99,9 +99,10 @@ class FisherWindow:
         if self.count == 0:
             raise ValueError("FisherWindow: there is no newest row; push one first")
         s = self._state
-        return torch.ops.torch_ext.fisher_window_combine(
+        newest: Tensor = torch.ops.torch_ext.fisher_window_combine(
             s["rows"], s["scales"], s["indices"], self._solve(None), s["ring"], self.dim, self.window_format
         )
+        return newest
 
     def ihvp(self, x: Tensor) -> Tensor:
         """F^-1 x for ``x`` [d], in the dtype of :meth:`solve_newest`; x / damping while the window is empty."""
@@ -110,7 +111,7 @@ class FisherWindow:
         products = torch.ops.torch_ext.fisher_window_project(
             s["rows"], s["scales"], s["indices"], s["ring"], x, self.window_format
         )
-        return torch.ops.torch_ext.fisher_window_residual(
+        product: Tensor = torch.ops.torch_ext.fisher_window_residual(
             s["rows"],
             s["scales"],
             s["indices"],
@@ -120,10 +121,12 @@ class FisherWindow:
             self.damping,
             self.window_format,
         )
+        return product
 
     def gram(self) -> Tensor:
         """G G^T without damping, float64 [t, t], oldest first."""
-        return torch.ops.torch_ext.fisher_window_gram(self._state["gram"], self._state["ring"], self.count)
+        products: Tensor = torch.ops.torch_ext.fisher_window_gram(self._state["gram"], self._state["ring"], self.count)
+        return products
 
     @property
     def count(self) -> int:
@@ -161,4 +164,7 @@ class FisherWindow:
 
     def _solve(self, right_side: Tensor | None) -> Tensor:
         s = self._state
-        return torch.ops.torch_ext.fisher_window_solve_(s["gram"], s["factor"], s["ring"], right_side, self.damping)
+        solution: Tensor = torch.ops.torch_ext.fisher_window_solve_(
+            s["gram"], s["factor"], s["ring"], right_side, self.damping
+        )
+        return solution
