@@ -31,4 +31,16 @@ PROBE_CLONES inline void probe_lazy(float* __restrict p, float* __restrict m, co
   }
 }
 
+// Reads x once: the limit of a pass over it.
+PROBE_CLONES inline float probe_read(const float* __restrict x, int64_t n) {
+  constexpr int64_t kLanes = 64;
+  float lane[kLanes] = {};
+  for (int64_t i = 0; i + kLanes <= n; i += kLanes) {
+    for (int64_t l = 0; l < kLanes; ++l) lane[l] += x[i + l];
+  }
+  float total = 0;
+  for (const float value : lane) total += value;
+  return total;
+}
+
 }  // namespace torch_ext::bench

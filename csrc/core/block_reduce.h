@@ -20,6 +20,15 @@ TX_HD double sum_short(int64_t size, const Value& value) {
   return total;
 }
 
+// Tree over the lanes. Written out, because a compiler keeps a loop over `half` and with it the lanes in memory.
+TX_HD double fold_lanes(double* lane) {
+  static_assert(kLanes == 32, "one line for each halving");
+  for (int64_t l = 0; l < 16; ++l) lane[l] += lane[l + 16];
+  for (int64_t l = 0; l < 8; ++l) lane[l] += lane[l + 8];
+  for (int64_t l = 0; l < 4; ++l) lane[l] += lane[l + 4];
+  return (lane[0] + lane[2]) + (lane[1] + lane[3]);
+}
+
 // The same shape as one warp of CUDA computes, on one CPU thread.
 template <typename Value>
 TX_HD double sum_segment(int64_t size, const Value& value) {
@@ -29,10 +38,7 @@ TX_HD double sum_segment(int64_t size, const Value& value) {
     for (int64_t l = 0; l < kLanes; ++l) lane[l] += value(i + l);
   }
   for (int64_t l = 0; i + l < size; ++l) lane[l] += value(i + l);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
-    for (int64_t l = 0; l < half; ++l) lane[l] += lane[l + half];
-  }
-  return lane[0];
+  return fold_lanes(lane);
 }
 
 template <typename Value>

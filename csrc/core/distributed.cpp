@@ -32,9 +32,36 @@ optim::ReduceFn make(c10::intrusive_ptr<Group> group) {
   return [group = std::move(group)](std::vector<at::Tensor>& tensors) { reduce_mean(*group, tensors); };
 }
 
+template <typename Group>
+optim::ColumnShards make_shards(c10::intrusive_ptr<Group> group) {
+  TORCH_CHECK_VALUE(group.defined(), "shards_over: no process group");
+  optim::ColumnShards shards;
+  shards.rank = group->getRank();
+  shards.count = group->getSize();
+  shards.reduce_scatter_mean = [group](const at::Tensor& whole) {
+    const at::NoGradGuard no_grad;
+    at::Tensor input = whole.contiguous(), own = at::empty({whole.numel() / group->getSize()}, whole.options());
+    group->_reduce_scatter_base(own, input)->wait();
+    return own.div_(group->getSize());
+  };
+  shards.all_reduce_sum = [group](at::Tensor& tensor) {
+    std::vector<at::Tensor> tensors{tensor};
+    group->allreduce(tensors)->wait();
+  };
+  shards.all_gather = [group](const at::Tensor& own) {
+    at::Tensor input = own.contiguous(), whole = at::empty({own.numel() * group->getSize()}, own.options());
+    group->_allgather_base(whole, input)->wait();
+    return whole;
+  };
+  return shards;
+}
+
 }  // namespace
 
 optim::ReduceFn mean_over(c10::intrusive_ptr<c10d::ProcessGroup> group) { return make(std::move(group)); }
 optim::ReduceFn mean_over(c10::intrusive_ptr<c10d::Backend> backend) { return make(std::move(backend)); }
+
+optim::ColumnShards shards_over(c10::intrusive_ptr<c10d::ProcessGroup> group) { return make_shards(std::move(group)); }
+optim::ColumnShards shards_over(c10::intrusive_ptr<c10d::Backend> backend) { return make_shards(std::move(backend)); }
 
 }  // namespace torch_ext

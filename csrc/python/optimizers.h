@@ -21,6 +21,10 @@ struct OptimizerBinding {
   std::function<at::Tensor(optim::OptimizerBase& optimizer, const pybind11::object& closure,
                            const pybind11::kwargs& inputs)>
       step;
+  // What else the class offers: call(method's name, *arguments). Empty if nothing.
+  std::function<pybind11::object(optim::OptimizerBase& optimizer, const std::string& method,
+                                 const pybind11::args& arguments)>
+      call;
 
   // Registers under the schema's name; used as a static object like Binding.
   struct Registrar {
@@ -36,7 +40,8 @@ std::unique_ptr<optim::Options> options_from(const std::string& name, const pybi
 
 template <typename Optimizer, typename OptimizerOptions>
 OptimizerBinding bind_optimizer(
-    std::function<at::Tensor(Optimizer&, const pybind11::object&, const pybind11::kwargs&)> step) {
+    std::function<at::Tensor(Optimizer&, const pybind11::object&, const pybind11::kwargs&)> step,
+    std::function<pybind11::object(Optimizer&, const std::string&, const pybind11::args&)> call = {}) {
   return {[]() -> const optim::Schema& { return Optimizer::static_schema(); },
           [] { return std::make_unique<OptimizerOptions>(); },
           [](OptimizerBinding::Groups groups, const optim::Options& defaults) {
@@ -44,6 +49,10 @@ OptimizerBinding bind_optimizer(
           },
           [step](optim::OptimizerBase& optimizer, const pybind11::object& closure, const pybind11::kwargs& inputs) {
             return step(static_cast<Optimizer&>(optimizer), closure, inputs);
+          },
+          [call](optim::OptimizerBase& optimizer, const std::string& method, const pybind11::args& arguments) {
+            if (!call) throw pybind11::attribute_error("no method '" + method + "'");
+            return call(static_cast<Optimizer&>(optimizer), method, arguments);
           }};
 }
 

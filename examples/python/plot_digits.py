@@ -1,4 +1,4 @@
-"""Draws the curves that the train_digits programs wrote with --json, and prints them as one table.
+"""Draws the curves that the train_digits or train_mfac programs wrote with --json, and prints them as one table.
 
     python examples/python/plot_digits.py cpp.json python.json --output digits.png --table
 
@@ -23,7 +23,16 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-COLORS = {"AdaHessian": "#0072b2", "AdamW": "#d55e00", "SGD": "#009e73"}  # told apart by the colour-blind too
+# Told apart by the colour-blind too.
+COLORS = {
+    "AdaHessian": "#0072b2",
+    "MFAC float32": "#0072b2",
+    "MFAC bfloat16": "#56b4e9",
+    "MFAC int8": "#cc79a7",
+    "MFAC topk": "#e69f00",
+    "AdamW": "#d55e00",
+    "SGD": "#009e73",
+}
 STYLES: dict[str, dict[str, Any]] = {
     "C++": {"linewidth": 4.5, "alpha": 0.4},
     "Python": {"linewidth": 1.4, "dashes": (5, 2)},
@@ -38,7 +47,7 @@ def read_results(paths: list[str]) -> list[dict[str, Any]]:
         except OSError as error:
             sys.exit(f"{path}: cannot be read: {error.strerror}")
         except ValueError as error:
-            sys.exit(f"{path}: is no result of train_digits: {error}")
+            sys.exit(f"{path}: is no result of train_digits or train_mfac: {error}")
     return results
 
 
@@ -91,15 +100,17 @@ def draw(results: list[dict[str, Any]], path: str) -> None:
     handles = [Line2D([], [], color=COLORS[name], linewidth=3, label=name) for name in names]
     languages = dict.fromkeys(result["language"] for result in results)
     handles += [Line2D([], [], color="0.25", label=language, **STYLES[language]) for language in languages]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False)
     rows = f"{results[0]['train_rows']} train and {results[0]['test_rows']} test rows, seed {results[0]['seed']}"
-    figure.suptitle(f"One program, one line exchanged: AdaHessian, AdamW and SGD ({rows})", fontweight="bold")
+    methods = [*dict.fromkeys(name.split()[0] for name in names)]  # "MFAC int8" is a way to run MFAC
+    listed = " and ".join([", ".join(methods[:-1]), methods[-1]] if len(methods) > 1 else methods)
+    figure.suptitle(f"One program, one line exchanged: {listed} ({rows})", fontweight="bold")
     figure.savefig(path, dpi=100)  # 1200 x 500 pixels
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draws the curves of the train_digits programs.")
-    parser.add_argument("results", nargs="+", help="files written by train_digits --json, one a language")
+    parser = argparse.ArgumentParser(description="Draws the curves of the train_digits or train_mfac programs.")
+    parser.add_argument("results", nargs="+", help="files written with --json, one a language")
     parser.add_argument("--output", help="write the picture to this PNG file")
     parser.add_argument("--table", action="store_true", help="print one table of all results")
     args = parser.parse_args()

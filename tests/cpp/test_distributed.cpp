@@ -5,7 +5,9 @@
 #include <torch/torch.h>
 #include <torch_ext/distributed.h>
 #include <torch_ext/optim/adahessian.h>
+#include <torch_ext/optim/mfac.h>
 
+#include <cmath>
 #include <condition_variable>
 #include <exception>
 #include <functional>
@@ -24,6 +26,8 @@ namespace {
 
 using optim::AdaHessian;
 using optim::AdaHessianOptions;
+using optim::MFAC;
+using optim::MFACOptions;
 using test::equal_bits;
 using test::expect_error;
 using test::relative_error;
@@ -74,14 +78,27 @@ class ThreadBackend : public c10d::Backend {
     for (at::Tensor& tensor : tensors) tensor.copy_(meeting_->sum(getRank(), tensor.clone()));
     return c10::make_intrusive<Finished>();
   }
+  c10::intrusive_ptr<c10d::Work> _reduce_scatter_base(at::Tensor& own, at::Tensor& whole,
+                                                      const c10d::ReduceScatterOptions&) override {
+    own.copy_(meeting_->sum(getRank(), whole.clone()).narrow(0, getRank() * own.numel(), own.numel()));
+    return c10::make_intrusive<Finished>();
+  }
+  c10::intrusive_ptr<c10d::Work> _allgather_base(at::Tensor& whole, at::Tensor& own,
+                                                 const c10d::AllgatherOptions&) override {
+    at::Tensor part = at::zeros_like(whole);
+    part.narrow(0, getRank() * own.numel(), own.numel()).copy_(own);
+    whole.copy_(meeting_->sum(getRank(), part));
+    return c10::make_intrusive<Finished>();
+  }
   int calls = 0;
 
  private:
   std::shared_ptr<Meeting> meeting_;
 };
 
-// Runs body(rank, reduce) on one thread per rank, over a Backend or a ProcessGroup; rethrows what a rank threw.
-void on_ranks(int size, bool process_group, const std::function<void(int, const optim::ReduceFn&)>& body) {
+// Runs body(rank, reduce, shards) on one thread per rank, over a Backend or a ProcessGroup; rethrows what a rank threw.
+void on_ranks(int size, bool process_group,
+              const std::function<void(int, const optim::ReduceFn&, const optim::ColumnShards&)>& body) {
   const auto meeting = std::make_shared<Meeting>(size);
   const auto store = c10::make_intrusive<c10d::HashStore>();
   std::vector<std::exception_ptr> errors(static_cast<size_t>(size));
@@ -90,11 +107,11 @@ void on_ranks(int size, bool process_group, const std::function<void(int, const 
     threads.emplace_back([&, rank] {
       try {
         c10::intrusive_ptr<c10d::Backend> backend = c10::make_intrusive<ThreadBackend>(meeting, rank, size);
-        if (!process_group) return body(rank, mean_over(backend));
+        if (!process_group) return body(rank, mean_over(backend), shards_over(backend));
         auto group = c10::make_intrusive<c10d::ProcessGroup>(store, rank, size);
         group->setBackend(at::kCPU, c10d::ProcessGroup::BackendType::CUSTOM, backend);
         group->setDefaultBackend(c10d::ProcessGroup::BackendType::CUSTOM);
-        body(rank, mean_over(group));
+        body(rank, mean_over(group), shards_over(group));
       } catch (...) {
         errors[static_cast<size_t>(rank)] = std::current_exception();
       }
@@ -104,6 +121,11 @@ void on_ranks(int size, bool process_group, const std::function<void(int, const 
   for (const auto& error : errors) {
     if (error != nullptr) std::rethrow_exception(error);
   }
+}
+
+void on_ranks(int size, bool process_group, const std::function<void(int, const optim::ReduceFn&)>& body) {
+  on_ranks(size, process_group,
+           [&](int rank, const optim::ReduceFn& reduce, const optim::ColumnShards&) { body(rank, reduce); });
 }
 
 class MeanOver : public ::testing::TestWithParam<std::tuple<int, bool>> {
@@ -235,7 +257,83 @@ TEST_P(MeanOver, OneRanksNonfiniteGradientSkipsAll) {
   for (const Model& model : models) EXPECT_TRUE(equal_bits(model.parameters(), start.parameters()));
 }
 
+// The window whole on every process (set_reduce), and its columns shared out (set_shards).
+TEST_P(MeanOver, MFACEqualsOneProcessOnTheWholeBatch) {
+  const Data data;
+  const auto loss = [&](const Model& model, const at::Tensor& large, const at::Tensor& x, const at::Tensor& t) {
+    return model.loss(x, t) + (large * large).mean() * x.square().mean();
+  };
+  const auto params = [](const Model& model, const at::Tensor& large) {
+    return std::vector<at::Tensor>{model.w, large, model.b};
+  };
+  const at::Tensor start = torch::arange(2500, at::kDouble).sin();  // three tiles of columns
+  const MFACOptions options =
+      MFACOptions(0.02).num_grads(8).damping(1e-2).momentum(0.5).weight_decay(0.01).window_format("float64");
+  for (const bool shards : {false, true}) {
+    const Model whole;
+    const at::Tensor large = start.clone().requires_grad_();
+    MFAC single(params(whole, large), options);
+    for (int i = 0; i < 12; ++i) single.step([&] { return loss(whole, large, data.x, data.t); });
+    const std::vector<at::Tensor> direction = single.precondition({whole.w.detach(), {}, whole.b.detach()});
+    std::vector<Model> models(static_cast<size_t>(size()));
+    std::vector<at::Tensor> larges(models.size()), directions(models.size());
+    std::vector<int64_t> bytes(models.size());
+    on_ranks(size(), process_group(), [&](int rank, const optim::ReduceFn& reduce, const optim::ColumnShards& columns) {
+      const auto r = static_cast<size_t>(rank);
+      const int64_t share = 16 / size();
+      const at::Tensor x = data.x.narrow(0, rank * share, share), t = data.t.narrow(0, rank * share, share);
+      larges[r] = start.clone().requires_grad_();
+      MFAC optimizer(params(models[r], larges[r]), options);
+      if (shards) {
+        optimizer.set_shards(columns);
+      } else {
+        optimizer.set_reduce(reduce);
+      }
+      bytes[r] = optimizer.memory_bytes();
+      for (int i = 0; i < 12; ++i) optimizer.step([&] { return loss(models[r], larges[r], x, t); });
+      EXPECT_EQ(optimizer.memory_bytes(), bytes[r]);
+      directions[r] = optimizer.precondition({models[r].w.detach(), {}, models[r].b.detach()})[0];
+      optimizer.step([&] { return loss(models[r], larges[r], x, t) * (rank == 1 ? NAN : 1); });
+      EXPECT_EQ(optimizer.skipped_steps().item<int64_t>(), 1);
+    });
+    for (size_t r = 0; r < models.size(); ++r) {
+      EXPECT_LT(relative_error(models[r].w, whole.w), 1e-12) << shards;
+      EXPECT_LT(relative_error(larges[r], large), 1e-12) << shards;
+      EXPECT_LT(relative_error(directions[r], direction[0]), 1e-9) << shards;  // divided by the damping
+      EXPECT_TRUE(equal_bits(params(models[r], larges[r]), params(models[0], larges[0]))) << shards;
+      EXPECT_EQ(bytes[r] < single.memory_bytes(), shards);
+    }
+  }
+}
+
+TEST_P(MeanOver, MFACShardsLoadAWholeWindow) {
+  const at::Tensor start = torch::arange(2500, at::kDouble).sin();
+  const auto loss = [](const at::Tensor& p) { return (p * p * p).sum() + (p * p).mean(); };
+  const MFACOptions options = MFACOptions(0.02).num_grads(4).damping(1e-2).window_format("float64");
+  const at::Tensor whole = start.clone().requires_grad_();
+  MFAC single({whole}, options);
+  for (int i = 0; i < 6; ++i) single.step([&] { return loss(whole); });
+  const c10::IValue saved = single.state_dict().deepcopy();
+  const at::Tensor middle = whole.detach().clone();
+  for (int i = 0; i < 3; ++i) single.step([&] { return loss(whole); });
+  on_ranks(size(), process_group(), [&](int rank, const optim::ReduceFn&, const optim::ColumnShards& columns) {
+    const at::Tensor mine = middle.clone().requires_grad_();
+    MFAC optimizer({mine}, options);
+    optimizer.set_shards(columns);
+    optimizer.load_state_dict(saved);
+    for (int i = 0; i < 3; ++i) optimizer.step([&] { return loss(mine); });
+    EXPECT_LT(relative_error(mine, whole), 1e-12);
+    const c10::IValue part = optimizer.state_dict();
+    MFAC alone({mine}, options);
+    alone.load_state_dict(part);
+    expect_error<c10::ValueError>([&] { alone.step([&] { return loss(mine); }); },
+                                  "this state's window holds slice " + std::to_string(rank));
+  });
+}
+
 TEST(MeanOverErrors, NoGroup) {
+  expect_error<c10::ValueError>([] { shards_over(c10::intrusive_ptr<c10d::ProcessGroup>()); }, "no process group");
+  expect_error<c10::ValueError>([] { shards_over(c10::intrusive_ptr<c10d::Backend>()); }, "no process group");
   expect_error<c10::ValueError>([] { mean_over(c10::intrusive_ptr<c10d::ProcessGroup>()); }, "no process group");
   expect_error<c10::ValueError>([] { mean_over(c10::intrusive_ptr<c10d::Backend>()); }, "no process group");
 }

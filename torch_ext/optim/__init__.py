@@ -1,5 +1,6 @@
 """Optimizers: ``torch.optim.Optimizer`` subclasses on the library's fused kernels."""
 
 from torch_ext.optim.adahessian import AdaHessian
+from torch_ext.optim.mfac import MFAC
 
-__all__ = ["AdaHessian"]
+__all__ = ["MFAC", "AdaHessian"]

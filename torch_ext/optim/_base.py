@@ -114,15 +114,44 @@ class Optimizer(torch.optim.Optimizer):
         self._process_group = group
         self._lost_process_group = False
 
-    def _mean_over_processes(self, tensors: list[Tensor]) -> list[Tensor]:
+    def _group_of_step(self) -> ProcessGroup | None:
+        """The process group of a step; RuntimeError if it was lost in a pickle."""
         if self._lost_process_group:
             raise RuntimeError(
                 f"this {self._name} was distributed when it was pickled: set opt.process_group (to a group or to None) "
                 "before the next step()"
             )
-        if self._process_group is None:
-            return tensors
-        return _C.all_reduce_mean(tensors, self._process_group)
+        return self._process_group
+
+    def _mean_over_processes(self, tensors: list[Tensor]) -> list[Tensor]:
+        group = self._group_of_step()
+        return tensors if group is None else _C.all_reduce_mean(tensors, group)
+
+    # --- gradients ---------------------------------------------------------------------------------------------------
+
+    def _first_order_gradients(self, closure: Closure | None) -> tuple[Any, list[Tensor | None]]:
+        """What the closure returned, a loss without its graph, and the gradient of each parameter of all groups.
+
+        The closure calls ``backward`` itself or only returns the loss; without one ``.grad`` is the answer.
+        """
+        returned: Any = None
+
+        def run() -> Any:
+            nonlocal returned
+            assert closure is not None
+            value = closure()
+            returned = value.detach() if isinstance(value, Tensor) else value
+            return value
+
+        every = [param for group in self.param_groups for param in group["params"]]
+        ordinals = [number for number, param in enumerate(every) if param.requires_grad]
+        found = _C.first_order_gradients(
+            self._name, run if closure is not None else None, [every[i] for i in ordinals], ordinals
+        )
+        grads: list[Tensor | None] = [None for _ in every]
+        for ordinal, grad in zip(ordinals, found, strict=True):
+            grads[ordinal] = grad
+        return returned, grads
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -159,6 +188,9 @@ class Optimizer(torch.optim.Optimizer):
     def _check_state(self, param: Tensor, options: dict[str, Any], state: dict[str, Tensor]) -> None:
         """ValueError if loaded state does not fit the parameter."""
 
+    def _check_loaded(self, groups: list[dict[str, Any]], states: dict[int, dict[str, Any]]) -> None:
+        """The same for rules that concern several parameters: groups as loaded, states by the parameter's id."""
+
     def _abandon_step(self) -> None:
         """What every step() does before an exception leaves it."""
         for name in ("grad_scale", "found_inf"):  # GradScaler leaves its scale behind; the next step has another
@@ -193,7 +225,11 @@ class Optimizer(torch.optim.Optimizer):
         loaded = self._loadable(state_dict)
         own = [{k: v for k, v in group.items() if k in self.defaults} for group in self.param_groups]
         groups = [{**mine, **saved} for mine, saved in zip(own, state_dict["param_groups"], strict=True)]
-        state_dict = {**state_dict, "param_groups": groups}  # an option that an older version did not know stays ours
+        # An option that an older version did not know stays ours. The tensors stay out of torch's hands: it would cast
+        # each to its parameter's dtype first, a window of many rows included.
+        listed = {index for group in groups for index in group["params"]}
+        rest = {index: {} if index in listed else entry for index, entry in state_dict["state"].items()}
+        state_dict = {**state_dict, "state": rest, "param_groups": groups}
         try:  # the base runs both kinds of hooks; ours frame the restored dtypes as well
             self._optimizer_load_state_dict_pre_hooks = OrderedDict()
             self._optimizer_load_state_dict_post_hooks = OrderedDict()
@@ -230,7 +266,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"loaded state dict has {len(groups)} parameter groups, the optimizer {len(self.param_groups)}"
             )
         fields = {field["name"]: field for field in schema["state"]}
-        loaded = []
+        loaded, as_loaded = [], []
         for number, (saved, group) in enumerate(zip(groups, self.param_groups, strict=True)):
             if len(saved["params"]) != len(group["params"]):
                 raise ValueError(
@@ -238,6 +274,7 @@ class Optimizer(torch.optim.Optimizer):
                     f"{len(group['params'])}"
                 )
             options = self._checked({**group, **saved})
+            as_loaded.append({**options, "params": group["params"]})
             for index, param in zip(saved["params"], group["params"], strict=True):
                 if index not in states:
                     continue
@@ -252,6 +289,7 @@ class Optimizer(torch.optim.Optimizer):
         for index in states:
             if index not in listed and str(index).isdigit():
                 raise ValueError(f"loaded state dict has state of parameter {index!r}, which none of its groups lists")
+        self._check_loaded(as_loaded, {id(param): state for param, state in loaded})
         return loaded
 
     def _adopt(self, name: str, value: Any, param: Tensor, field: dict[str, Any] | None) -> Any:
@@ -264,6 +302,8 @@ class Optimizer(torch.optim.Optimizer):
             value = torch.tensor(float(value), dtype=torch.float64)
         if value.is_complex() or value.layout != torch.strided:
             raise ValueError(f"{self._name}: state {name!r} is complex or sparse")
+        if field["dtype"] == "stored":
+            return value.detach().clone(memory_format=torch.contiguous_format)
         wide = torch.float64 if param.dtype == torch.float64 else torch.float32
         device = torch.device("cpu") if field["on_cpu"] else param.device
         return value.detach().to(device=device, dtype=_DTYPES.get(field["dtype"], wide), copy=True)

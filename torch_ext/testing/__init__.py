@@ -29,7 +29,8 @@ def cpp_optimizer(name: str, params: Iterable[Tensor] | Iterable[dict[str, Any]]
     Returns:
         an object with ``step(closure, **inputs)``, ``state_dict``, ``load_state_dict``, ``save_state_dict(path)``,
         ``load_state_dict_file(path)``, ``add_param_group``, ``option(group, name)``,
-        ``set_option(group, name, value)``, ``zero_grad`` and ``skipped_steps``.
+        ``set_option(group, name, value)``, ``zero_grad`` and ``skipped_steps``; what else the class offers by
+        ``call(method, *arguments)``.
 
     Raises:
         TypeError: an option that the class does not have; otherwise what the C++ constructor raises.
@@ -76,7 +77,7 @@ class Case:
 
     def step(self, optimizer: Any, loss: Loss) -> Any:
         """One step that makes ``loss`` smaller, whatever the optimizer needs for it."""
-        if self.driver == "graph_closure":
+        if self.driver in ("graph_closure", "grad"):
             return optimizer.step(lambda: loss() * self.loss_sign)
         raise NotImplementedError(f"no driver {self.driver!r}")
 

@@ -3,13 +3,15 @@
     python -m torch_ext.testing.make_optim_db           # computes every row from torch_ext.reference, writes the file
     python -m torch_ext.testing.make_optim_db --check   # computes and compares with the file, writes nothing
 
-A row: ``driver`` says how the optimizer is driven (``graph_closure``: a closure that returns the loss and calls no
-backward); ``problem`` is a function of :mod:`torch_ext.testing.problems`; ``options_bad`` holds ``[options, word in
-the message]``; every variant has its ``options`` (``betas`` is a list: JSON has no tuples), the factor ``loss_sign``
-of the loss, the relative tolerance ``rtol`` (to the scale of the tensor; other instruction sets round matmul and tanh
-differently: 3e-14 seen, 1e-10 with finite differences) and a ``trajectory``: after the steps number ``iterations`` (0
-is the first) the value ``loss`` which that step returned, without ``loss_sign``, and all ``parameters``, row-major.
-Numbers are the shortest decimals that read back to the same float64.
+A row: ``driver`` says how the optimizer is driven (``graph_closure``: a closure that returns the loss with a graph
+that can be differentiated twice and calls no backward; ``grad``: gradients alone, here through the same closure);
+``problem`` is a function of :mod:`torch_ext.testing.problems`; ``options_bad`` holds ``[options, word in the
+message]``; every variant has its ``options`` (``betas`` is a list: JSON has no tuples), the factor ``loss_sign`` of
+the loss, the relative tolerance ``rtol`` (to the scale of the tensor; other instruction sets round matmul and tanh
+differently: 3e-14 seen, 1e-10 with finite differences; M-FAC's window rounds to its format, where a flipped last bit
+stays until the method has converged over it) and a ``trajectory``: after the steps number ``iterations`` (0 is the
+first) the value ``loss`` which that step returned, without ``loss_sign``, and all ``parameters``, row-major. Numbers
+are the shortest decimals that read back to the same float64.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 from torch_ext.reference.optim.adahessian import AdaHessianReference
+from torch_ext.reference.optim.mfac import MFACReference
 from torch_ext.testing import problems
 
 PATH = Path(__file__).resolve().parents[2] / "tests" / "optim_db.json"
@@ -34,15 +37,20 @@ Step = Callable[[Callable[[], Tensor]], Tensor]
 
 
 def trajectory(
-    make_step: Callable[[list[Tensor]], Step], *, problem: str, loss_sign: int = 1, iterations: int = ITERATIONS
+    make_step: Callable[[list[Tensor]], Step],
+    *,
+    problem: str,
+    loss_sign: int = 1,
+    iterations: int = ITERATIONS,
+    every: int = SAMPLE_EVERY,
 ) -> dict[str, Any]:
-    """Runs ``step = make_step(params)`` on a problem and samples it every 100 iterations."""
+    """Runs ``step = make_step(params)`` on a problem and samples it every so many iterations."""
     params, loss = getattr(problems, problem)()
     step = make_step(list(params.values()))
     out: dict[str, Any] = {"iterations": [], "loss": [], "parameters": {name: [] for name in params}}
     for i in range(iterations):
         value = float(step(lambda: loss() * loss_sign)) * loss_sign
-        if i % SAMPLE_EVERY == 0:
+        if i % every == 0:
             out["iterations"].append(i)
             out["loss"].append(value)
             for name, p in params.items():
@@ -126,7 +134,93 @@ def adahessian(names: Sequence[str] | None = None, iterations: int = ITERATIONS)
     }
 
 
-ROWS: dict[str, Callable[..., dict[str, Any]]] = {"AdaHessian": adahessian}
+MFAC_BASE: dict[str, Any] = {"lr": 0.03, "num_grads": 16, "damping": 0.05}
+MFAC_VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "short_window": MFAC_BASE,
+    "float64": {**MFAC_BASE, "window_format": "float64"},
+    "bfloat16": {**MFAC_BASE, "window_format": "bfloat16"},
+    "int8": {**MFAC_BASE, "window_format": "int8"},
+    "topk": {**MFAC_BASE, "window_format": "topk", "topk": 0.03},
+    "error_feedback": {**MFAC_BASE, "window_format": "int8", "error_feedback": True},
+    "momentum": {**MFAC_BASE, "momentum": 0.9},
+    "heavy_ball": {**MFAC_BASE, "lr": 0.004, "momentum": 0.9, "dampening": 0.0},
+    "weight_decay": {**MFAC_BASE, "weight_decay": 0.005},
+    "decoupled_weight_decay": {**MFAC_BASE, "weight_decay": 0.005, "decoupled_weight_decay": True},
+    "maximize": {**MFAC_BASE, "maximize": True},
+    "warmup_scaling": {**MFAC_BASE, "warmup_scaling": True},
+    "warmup_steps": {**MFAC_BASE, "warmup_steps": 10},
+    "together": {
+        "lr": 0.02,
+        "momentum": 0.8,
+        "weight_decay": 0.01,
+        "dampening": 0.5,
+        "decoupled_weight_decay": True,
+        "num_grads": 5,
+        "damping": 0.05,
+        "window_format": "bfloat16",
+        "error_feedback": True,
+        "warmup_scaling": True,
+        "warmup_steps": 3,
+        "blocks": "per_group",
+        "window_device": "cpu",
+    },
+}
+
+MFAC_BAD: list[tuple[dict[str, Any], str]] = [
+    ({"lr": -1.0}, "lr"),
+    ({"momentum": -0.1}, "momentum"),
+    ({"momentum": 1.0}, "momentum"),
+    ({"weight_decay": -0.1}, "weight_decay"),
+    ({"dampening": -0.1}, "dampening"),
+    ({"dampening": 1.0}, "dampening"),
+    ({"num_grads": 0}, "num_grads"),
+    ({"damping": 0.0}, "damping"),
+    ({"damping": -1e-5}, "damping"),
+    ({"window_format": "float16"}, "window_format"),
+    ({"topk": 0.0}, "topk"),
+    ({"topk": 1.5}, "topk"),
+    ({"error_feedback": True}, "error_feedback"),
+    ({"warmup_steps": -1}, "warmup_steps"),
+    ({"blocks": "per_param"}, "blocks"),
+    ({"window_device": "nowhere"}, "window_device"),
+]
+
+#: Of the window's rounding: see the module's text.
+MFAC_RTOL = {"float64": 1e-9, "float32": 1e-6, "bfloat16": 1e-6, "int8": 1e-6, "topk": 1e-6}
+#: Steps until the last bit of a step, which these formats sum in float32, has made another row of some gradient.
+MFAC_COARSE = {"bfloat16", "int8", "topk"}
+MFAC_COARSE_ITERATIONS, MFAC_COARSE_EVERY = 16, 5
+
+
+def mfac(names: Sequence[str] | None = None, iterations: int = ITERATIONS) -> dict[str, Any]:
+    """The row of MFAC."""
+    variants = []
+    for name, options in MFAC_VARIANTS.items():
+        if names is not None and name not in names:
+            continue
+        sign = -1 if options.get("maximize") else 1
+        known = {key: value for key, value in options.items() if key != "window_device"}
+
+        def make_step(params: list[Tensor], options: dict[str, Any] = known) -> Step:
+            return MFACReference(params, **options).step_closure
+
+        window = options.get("window_format", "float32")
+        length = {"iterations": iterations, "every": SAMPLE_EVERY}
+        if window in MFAC_COARSE:
+            length = {"iterations": min(iterations, MFAC_COARSE_ITERATIONS), "every": MFAC_COARSE_EVERY}
+        path = trajectory(make_step, problem="tanh_layer", loss_sign=sign, **length)
+        rtol = MFAC_RTOL[window]
+        variants.append({"name": name, "options": options, "loss_sign": sign, "rtol": rtol, "trajectory": path})
+    return {
+        "driver": "grad",
+        "problem": "tanh_layer",
+        "options_bad": [list(pair) for pair in MFAC_BAD],
+        "variants": variants,
+    }
+
+
+ROWS: dict[str, Callable[..., dict[str, Any]]] = {"AdaHessian": adahessian, "MFAC": mfac}
 
 
 def dumps(value: Any, indent: int = 0) -> str:

@@ -20,4 +20,8 @@ namespace torch_ext {
 TORCH_EXT_API optim::ReduceFn mean_over(c10::intrusive_ptr<c10d::ProcessGroup> group);
 TORCH_EXT_API optim::ReduceFn mean_over(c10::intrusive_ptr<c10d::Backend> backend);
 
+// Splits a vector over the processes; for optimizers that keep a slice of their state on each (MFAC::set_shards).
+TORCH_EXT_API optim::ColumnShards shards_over(c10::intrusive_ptr<c10d::ProcessGroup> group);
+TORCH_EXT_API optim::ColumnShards shards_over(c10::intrusive_ptr<c10d::Backend> backend);
+
 }  // namespace torch_ext

@@ -4,6 +4,7 @@
 #include <torch/serialize/output-archive.h>
 #include <torch_ext/optim/base.h>
 
+#include <algorithm>
 #include <set>
 #include <utility>
 
@@ -37,6 +38,7 @@ at::Tensor adopt(const Schema& schema, const std::string& name, const c10::IValu
     if (field.name != name) continue;
     TORCH_CHECK_VALUE(!tensor.is_complex() && tensor.layout() == at::kStrided, schema.optimizer, ": state '", name,
                       "' is complex or sparse");
+    if (field.dtype == StateField::DType::kStored) return tensor.clone(at::MemoryFormat::Contiguous);
     const at::ScalarType dtype = field.dtype == StateField::DType::kInt64     ? at::kLong
                                  : field.dtype == StateField::DType::kFloat64 ? at::kDouble
                                  : field.dtype == StateField::DType::kFloat32
@@ -258,6 +260,13 @@ void OptimizerBase::load_state_dict(const c10::IValue& dict) {
     TORCH_CHECK_VALUE(!digits && (!index.isInt() || listed.count(index.toInt()) != 0),
                       "loaded state dict has state of parameter ", index, ", which none of its groups lists");
   }
+  std::vector<const Options*> options;
+  for (const auto& item : new_options) options.push_back(&options_of(*item));
+  check_loaded(options, [&](const at::Tensor& param) -> const StateTensors* {
+    const auto found =
+        std::find_if(new_state.begin(), new_state.end(), [&](const auto& item) { return item.first.is_same(param); });
+    return found == new_state.end() ? nullptr : &found->second->tensors;
+  });
   state_.clear();
   for (auto& [param, made] : new_state) state_[param.unsafeGetTensorImpl()] = std::move(made);
   for (size_t g = 0; g < new_options.size(); ++g) param_groups_[g].set_options(std::move(new_options[g]));

@@ -4,8 +4,10 @@
 #include <torch/csrc/utils/pybind.h>
 
 #include <map>
+#include <optional>
 #include <utility>
 
+#include "optim/base/closure.h"
 #include "python/closure.h"
 #include "python/optimizers.h"
 #include "python/registry.h"
@@ -35,6 +37,8 @@ const char* type_name(optim::Field::Type type) {
       return "bool";
     case optim::Field::Type::kString:
       return "str";
+    case optim::Field::Type::kOptionalString:
+      return "str | None";
   }
   return "";
 }
@@ -49,6 +53,8 @@ const char* dtype_name(optim::StateField::DType dtype) {
       return "float64";
     case optim::StateField::DType::kInt64:
       return "int64";
+    case optim::StateField::DType::kStored:
+      return "stored";
   }
   return "";
 }
@@ -70,6 +76,7 @@ py::dict schema_dict(const std::string& name) {
     item["name"] = field.name;
     item["dtype"] = dtype_name(field.dtype);
     item["on_cpu"] = field.on_cpu;
+    item["shared"] = field.shared;
     state.append(item);
   }
   py::dict result;
@@ -91,6 +98,20 @@ py::dict check_options(const std::string& name, const py::dict& values) {
   return result;
 }
 
+// The gradients that a first-order step reads, None where a parameter has none.
+std::vector<std::optional<at::Tensor>> first_order_gradients(const std::string& optimizer, const py::object& closure,
+                                                             const std::vector<at::Tensor>& params,
+                                                             const std::vector<int64_t>& ordinals) {
+  const auto wrapped = wrap_closure(closure);
+  const auto found =
+      without_gil([&] { return optim::first_order_gradients(optimizer.c_str(), wrapped, params, ordinals); });
+  std::vector<std::optional<at::Tensor>> result;
+  for (const at::Tensor& grad : found.grads) {
+    result.push_back(grad.defined() ? std::optional<at::Tensor>(grad) : std::nullopt);
+  }
+  return result;
+}
+
 // A C++ optimizer as torch_ext.testing sees it; not part of the product.
 class CppOptimizer {
  public:
@@ -104,6 +125,9 @@ class CppOptimizer {
   py::object step(const py::object& closure, const py::kwargs& inputs) {
     const at::Tensor loss = binding_.step(*optimizer_, closure, inputs);
     return loss.defined() ? py::cast(loss) : py::none();
+  }
+  py::object call(const std::string& method, const py::args& arguments) {
+    return binding_.call(*optimizer_, method, arguments);
   }
   void add_param_group(const py::dict& group) {
     optimizer_->add_param_group(group_from(optimizer_->schema().optimizer, group));
@@ -135,9 +159,11 @@ void bind_base(py::module_& module) {
   module.def("schema", &schema_dict, py::arg("optimizer"), "The field table of an optimizer.");
   module.def("check_options", &check_options, py::arg("optimizer"), py::arg("options"),
              "Options checked by the field table, missing ones at their defaults; other keys are ignored.");
+  module.def("first_order_gradients", &first_order_gradients);
   py::class_<CppOptimizer>(module, "CppOptimizer")
       .def(py::init<const std::string&, const py::list&, const py::dict&>())
       .def("step", &CppOptimizer::step, py::arg("closure") = py::none())
+      .def("call", &CppOptimizer::call, py::arg("method"))
       .def("add_param_group", &CppOptimizer::add_param_group)
       .def("set_option", &CppOptimizer::set_option)
       .def("option", &CppOptimizer::option)

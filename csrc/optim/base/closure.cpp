@@ -2,6 +2,7 @@
 
 #include <ATen/core/grad_mode.h>
 
+#include "core/check.h"
 #include "curvature/hvp/hvp.h"
 
 namespace torch_ext::optim {
@@ -49,6 +50,29 @@ Evaluation evaluate(const Closure& closure, const std::vector<at::Tensor>& param
     for (const at::Tensor& param : params) result.grads.push_back(param.grad());
   } else {
     result.grads = curvature::gradients(result.loss, params, create_graph, /*keep_graph=*/false);
+  }
+  return result;
+}
+
+Evaluation first_order_gradients(const char* optimizer, const Closure& closure, const std::vector<at::Tensor>& params,
+                                 const std::vector<int64_t>& ordinals) {
+  const DetachGradients detach(params);
+  Evaluation result;
+  if (closure) {
+    result = evaluate(closure, params, /*create_graph=*/false);
+  } else {
+    result.ran_backward = true;
+    for (const at::Tensor& param : params) result.grads.push_back(param.grad());
+  }
+  for (size_t i = 0; i < params.size(); ++i) {
+    if (result.grads[i].defined())
+      core::check_gradient(optimizer, static_cast<size_t>(ordinals[i]), params[i], result.grads[i]);
+  }
+  if (result.loss.defined()) result.loss = result.loss.detach();
+  for (size_t i = 0; i < params.size(); ++i) {
+    at::Tensor& grad = result.grads[i];
+    if (grad.defined()) grad = grad.detach();  // also of a view, which zero_grad could not detach in place
+    if (!result.ran_backward) params[i].mutable_grad() = grad;
   }
   return result;
 }

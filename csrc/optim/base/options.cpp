@@ -58,6 +58,9 @@ c10::IValue checked(const Schema& schema, const Field& field, const c10::IValue&
     case Field::Type::kBool:
       need(value.isBool(), "a bool");
       return value;
+    case Field::Type::kOptionalString:
+      need(value.isNone() || value.isString(), "a string or None");
+      return value;
     case Field::Type::kString: {
       need(value.isString(), "a string");
       for (const std::string& choice : field.choices) {

@@ -53,6 +53,19 @@ Options& options_of(OptimizerParamGroup& group) { return static_cast<Options&>(g
 
 bool is_global(const std::string& state) { return state.rfind("global_", 0) == 0; }
 
+// A copy of a state tensor without what a skipped step may change in it: a window's scratch slot, its counts of rows.
+at::Tensor settled(const ParamState& state, const std::string& name, const at::Tensor& tensor) {
+  at::Tensor copy = tensor.clone();
+  if (name == "window_ring") copy.slice(0, 4, 6).zero_();
+  if ((name == "window_rows" || name == "window_scales" || name == "window_indices") && copy.dim() > 1) {
+    copy.select(1, state.at("window_ring")[1].item<int64_t>()).zero_();
+  }
+  if (name == "window_error" && copy.dim() > 1) {  // the half that the next accepted row takes
+    copy.select(0, 1 - state.at("window_ring")[8].item<int64_t>() % 2).zero_();
+  }
+  return copy;
+}
+
 // Everything a step may change, frozen.
 struct Snapshot {
   std::vector<at::Tensor> params;
@@ -334,8 +347,9 @@ TEST_P(AnyOptimizer, Trap08ForeignFilesAreRefusedAndChangeNothing) {
   refuse([](const Dict& dict) { group_of(dict, 0).at("params").toList().pop_back(); }, "parameters in group 0");
   refuse([](const Dict& dict) { group_of(dict, 0).insert_or_assign("lr", -1.0); }, "Invalid lr");
   refuse([](const Dict& dict) { group_of(dict, 0).insert_or_assign("lr", "fast"); }, "lr must be a number");
-  refuse([](const Dict& dict) { state_of_dict(dict, 1).insert_or_assign("exp_avg", at::zeros({7})); }, "shape");
-  refuse([](const Dict& dict) { state_of_dict(dict, 1).insert_or_assign("exp_avg", "text"); }, "is no tensor");
+  const std::string own = GetParam().own_state;
+  refuse([&](const Dict& dict) { state_of_dict(dict, 1).insert_or_assign(own, at::zeros({7})); }, "shape");
+  refuse([&](const Dict& dict) { state_of_dict(dict, 1).insert_or_assign(own, "text"); }, "is no tensor");
   expect_error<c10::Error>([&] { optimizer->load_state_dict(c10::IValue(int64_t{3})); },
                            "not an optimizer's state_dict");
 
@@ -615,8 +629,9 @@ TEST_P(AnyOptimizer, NonfiniteStepsChangeNothingAndAreCounted) {
       std::vector<at::Tensor> tensors = clones(p.params);
       for (const auto& param : p.params) {
         if (optimizer->state().count(param.unsafeGetTensorImpl()) == 0) continue;
-        for (const auto& [name, tensor] : state_of(*optimizer, param).tensors) {
-          if (!is_global(name)) tensors.push_back(tensor.clone());
+        const ParamState& state = state_of(*optimizer, param);
+        for (const auto& [name, tensor] : state.tensors) {
+          if (!is_global(name)) tensors.push_back(settled(state, name, tensor));
         }
       }
       return tensors;
@@ -694,7 +709,9 @@ TEST_P(AnyOptimizer, StepLRChangesTheSteps) {
 
 TEST_P(AnyOptimizer, ReduceLROnPlateau) {
   const Problem p = quartic({{3}});
-  const auto optimizer = on(p, settings({{"lr", 0.1}}));
+  auto options = GetParam().steady;
+  options.emplace_back("lr", 0.1);
+  const auto optimizer = on(p, settings(options));
   torch::optim::ReduceLROnPlateauScheduler scheduler(*optimizer, torch::optim::ReduceLROnPlateauScheduler::min,
                                                      /*factor=*/0.5, /*patience=*/1);
   const auto lr = [&] { return optimizer->param_groups()[0].options().get_lr(); };
@@ -866,6 +883,7 @@ TEST_P(AnyOptimizer, EveryLayoutGivesTheContiguousResult) {
 }
 
 TEST_P(AnyOptimizer, DtypesMayBeMixed) {
+  if (!GetParam().elementwise) GTEST_SKIP() << GetParam().name << " couples its parameters";
   const std::vector<at::ScalarType> dtypes{at::kFloat, at::kDouble, at::kBFloat16, at::kHalf, at::kFloat};
   Problem mixed = quartic({{5}, {5}, {5}, {5}, {5}});
   for (size_t i = 0; i < dtypes.size(); ++i) {
@@ -888,7 +906,9 @@ TEST_P(AnyOptimizer, ThreadsDoNotChangeTheBits) {
     for (const int threads : {1, 2, 2}) {
       const ThreadCount guard(threads);
       problems.push_back(start.copy());
-      run(*on(problems.back(), variant.options), problems.back(), 2);
+      const c10::IValue options = variant.options.deepcopy();
+      for (const auto& [name, value] : GetParam().large) options.toGenericDict().insert_or_assign(name, value);
+      run(*on(problems.back(), options), problems.back(), 2);
       if (variant.name == "finite_difference") break;  // at::norm itself may depend on the thread count
     }
     for (size_t i = 1; i < problems.size(); ++i) {
@@ -974,7 +994,8 @@ TEST_P(OptimDbTrajectory, IsFollowed) {
       std::find_if(all.begin(), all.end(), [&](const Variant& v) { return v.name == GetParam().variant; });
   ASSERT_NE(found, all.end());
   const auto row = test::optim_db().at(optimizer_case.name).toGenericDict();
-  ASSERT_EQ(row.at("driver").toStringRef(), "graph_closure") << "this driver is not written yet";
+  const std::string& driver = row.at("driver").toStringRef();
+  ASSERT_TRUE(driver == "graph_closure" || driver == "grad") << "the driver " << driver << " is not written yet";
   const auto trajectory = found->row.at("trajectory").toGenericDict();
   const auto parameters = trajectory.at("parameters").toGenericDict();
   const auto iterations = trajectory.at("iterations").toListRef(), losses = trajectory.at("loss").toListRef();

@@ -4,6 +4,7 @@
 
 #include <torch_ext/optim/adahessian.h>
 #include <torch_ext/optim/base.h>
+#include <torch_ext/optim/mfac.h>
 
 #include <functional>
 #include <memory>
@@ -24,6 +25,11 @@ struct OptimizerCase {
   std::function<std::unique_ptr<optim::Options>()> options;
   std::function<std::unique_ptr<optim::OptimizerBase>(Groups, const optim::Options&)> make;
   std::function<std::unique_ptr<optim::OptimizerBase>(optim::OptimizerBase&&)> move;
+  std::string own_state;    // a state tensor of the parameter's shape, if the optimizer keeps it
+  bool elementwise = true;  // what happens to an element depends on its own gradient only
+  std::vector<std::pair<std::string, c10::IValue>> large = {};  // options that keep large tensors affordable
+  // options with which a few steps make a loss without noise smaller, next to any learning rate up to 0.1
+  std::vector<std::pair<std::string, c10::IValue>> steady = {};
 
   // Options of the type with some fields set explicitly.
   std::unique_ptr<optim::Options> with(const c10::IValue& settings) const {
@@ -46,20 +52,27 @@ struct OptimizerCase {
 inline void PrintTo(const OptimizerCase& value, std::ostream* out) { *out << value.name; }
 
 template <typename Optimizer, typename OptimizerOptions>
-OptimizerCase optimizer_case(double xor_lr) {
-  return {Optimizer::static_schema().optimizer, xor_lr, [] { return std::make_unique<OptimizerOptions>(); },
-          [](Groups groups, const optim::Options& defaults) {
-            return std::make_unique<Optimizer>(std::move(groups), static_cast<const OptimizerOptions&>(defaults));
-          },
-          [](optim::OptimizerBase&& from) {
-            return std::make_unique<Optimizer>(std::move(static_cast<Optimizer&>(from)));
-          }};
+OptimizerCase optimizer_case(double xor_lr, const std::string& own_state) {
+  return {
+      Optimizer::static_schema().optimizer,
+      xor_lr,
+      [] { return std::make_unique<OptimizerOptions>(); },
+      [](Groups groups, const optim::Options& defaults) {
+        return std::make_unique<Optimizer>(std::move(groups), static_cast<const OptimizerOptions&>(defaults));
+      },
+      [](optim::OptimizerBase&& from) { return std::make_unique<Optimizer>(std::move(static_cast<Optimizer&>(from))); },
+      own_state};
 }
 
 inline const std::vector<OptimizerCase>& optimizer_cases() {
-  static const std::vector<OptimizerCase> cases{
-      optimizer_case<optim::AdaHessian, optim::AdaHessianOptions>(0.15),
-  };
+  static const std::vector<OptimizerCase> cases = [] {
+    OptimizerCase mfac = optimizer_case<optim::MFAC, optim::MFACOptions>(1e-3, "momentum_buffer");
+    mfac.elementwise = false;
+    mfac.large = {{"num_grads", int64_t{4}}};
+    mfac.steady = {{"damping", 1.0}};
+    return std::vector<OptimizerCase>{optimizer_case<optim::AdaHessian, optim::AdaHessianOptions>(0.15, "exp_avg"),
+                                      std::move(mfac)};
+  }();
   return cases;
 }
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_ext import _C
-from torch_ext.optim import AdaHessian
+from torch_ext.optim import MFAC, AdaHessian
 from torch_ext.testing import bits
 
 ROWS, STEPS = 12, 7
@@ -176,3 +176,143 @@ def check_averaged_by_ddp(rank: int, world: int) -> None:
 
 def test_gradients_averaged_by_ddp_stay_right(tmp_path: Path) -> None:
     run_ranks(check_averaged_by_ddp, 2, tmp_path)
+
+
+# ---- M-FAC: every process keeps a slice of the window's columns; only the products of the rows are added up
+
+MFAC_OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "momentum and decay": {"momentum": 0.9, "weight_decay": 0.05},
+    "heavy ball, decoupled decay": {
+        "momentum": 0.5,
+        "dampening": 0.0,
+        "weight_decay": 0.05,
+        "decoupled_weight_decay": True,
+    },
+    "warm-up": {"warmup_scaling": True, "warmup_steps": 2},
+    "per group": {"blocks": "per_group"},
+    "float32": {"window_format": "float32"},
+    "bfloat16": {"window_format": "bfloat16", "error_feedback": True},
+    "int8": {"window_format": "int8"},
+    "topk": {"window_format": "topk", "topk": 0.1},
+}
+#: A narrow window rounds gradients that differ in their last bits to values that differ in theirs.
+MFAC_TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2, "int8": 3e-2, "topk": 3e-2}
+
+
+def wide_network() -> nn.Module:
+    """2,471 parameters: slices of 2 and 4 processes cut tiles and parameters in the middle."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(5, 97), nn.Tanh(), nn.Linear(97, 19), nn.Tanh(), nn.Linear(19, 3), nn.Linear(3, 3)
+    ).double()
+
+
+def train_mfac(kind: str, rows: slice, group: Any, steps: int = 9) -> tuple[list[Tensor], MFAC]:
+    model, (x, y) = wide_network(), data()
+    x, y = x[rows], y[rows]
+    trained = [*model[:5].parameters()]  # the last layer is not trained
+    options = {"lr": 0.02, "num_grads": 4, "damping": 0.05, "window_format": "float64", **MFAC_OPTIONS[kind]}
+    optimizer = MFAC([{"params": trained[:2]}, {"params": trained[2:], "lr": 0.01}], process_group=group, **options)
+    for _ in range(steps):
+        optimizer.step(lambda: F.mse_loss(model(x), y))
+    return [p.detach() for p in model.parameters()], optimizer
+
+
+def check_mfac_parts(rank: int, world: int) -> None:
+    share = ROWS // world
+    for kind in MFAC_OPTIONS:
+        parts, optimizer = train_mfac(kind, slice(rank * share, (rank + 1) * share), dist.group.WORLD)
+        whole, single = train_mfac(kind, slice(None), None)
+        assert optimizer.window_count == single.window_count == 4
+        for a, b in zip(parts, whole, strict=True):
+            error = float((a - b).abs().max() / b.abs().max())
+            assert error <= MFAC_TOLERANCE.get(kind, 1e-12), f"{kind}: {error}"
+        gathered: list[Any] = [None] * world
+        dist.all_gather_object(gathered, bits(parts))
+        assert all(g == gathered[0] for g in gathered), f"{kind}: the ranks have drifted apart"
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_mfac_parts_equal_the_whole(world: int, tmp_path: Path) -> None:
+    run_ranks(check_mfac_parts, world, tmp_path)
+
+
+def mfac_on_integers(share: slice, world: int, group: Any) -> tuple[list[Tensor], MFAC]:
+    """Gradients that are small integers: means, products and their sums are exact in any order."""
+    generator = torch.Generator().manual_seed(5)
+    table = torch.randint(-3, 4, (12, 4, 40_000), generator=generator).double()
+    p, q = (
+        torch.zeros(31_000, dtype=torch.float64, requires_grad=True),
+        torch.zeros(9000, dtype=torch.float64, requires_grad=True),
+    )
+    optimizer = MFAC([p, q], lr=0.5, num_grads=5, damping=0.5, window_format="float64", process_group=group)
+    for rows in table:
+        mean = rows[share].mean(0)
+        p.grad, q.grad = mean[:31_000].clone(), mean[31_000:].clone()
+        optimizer.step()
+    return [p.detach(), q.detach()], optimizer
+
+
+def check_mfac_integers(rank: int, world: int) -> None:
+    share = slice(rank * 4 // world, (rank + 1) * 4 // world)
+    parts, optimizer = mfac_on_integers(share, world, dist.group.WORLD)
+    whole, single = mfac_on_integers(slice(None), world, None)
+    assert bits(parts) == bits(whole)
+    assert optimizer.memory_bytes < single.memory_bytes * (1.2 / world)  # each holds its part of the columns
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_mfac_on_integers_has_the_bits_of_one_process(world: int, tmp_path: Path) -> None:
+    run_ranks(check_mfac_integers, world, tmp_path)
+
+
+def check_mfac_rules(rank: int, world: int) -> None:
+    group = dist.group.WORLD
+    start = torch.linspace(-1.0, 1.0, 3000, dtype=torch.float64)
+    options: dict[str, Any] = {"lr": 0.1, "num_grads": 3, "damping": 0.1, "momentum": 0.5, "process_group": group}
+    p = start.clone().requires_grad_()
+    optimizer = MFAC([p], **options)
+
+    def step(optimizer: MFAC, p: Tensor, t: int, factor: float = 1.0) -> None:
+        generator = torch.Generator().manual_seed(100 * t + rank)
+        p.grad = torch.randn(3000, generator=generator, dtype=torch.float64) * factor
+        optimizer.step()
+
+    for t in range(5):
+        step(optimizer, p, t)
+
+    # one rank's infinite gradient skips the step of all: parameters, momentum, window
+    before = bits(p)
+    step(optimizer, p, 5, float("inf") if rank == world - 1 else 1.0)
+    assert int(optimizer.skipped_steps) == 1
+    assert bits(p) == before
+
+    # a state_dict holds this rank's part and goes on with the same bits in the same group
+    saved = copy.deepcopy(optimizer.state_dict())
+    q = p.detach().clone().requires_grad_()
+    resumed = MFAC([q], **options)
+    resumed.load_state_dict(saved)
+    twin_p, twin = copy.deepcopy((p, optimizer))
+    assert twin.process_group is group
+    for t in range(6, 10):
+        for o, x in ((optimizer, p), (resumed, q), (twin, twin_p)):
+            step(o, x, t)
+    assert bits(p) == bits(q) == bits(twin_p)
+
+    # a parameter without a gradient on any rank is left alone
+    a, b = start.clone().requires_grad_(), start.clone().requires_grad_()
+    other = MFAC([a, b], **options)
+    for t in range(4):
+        b.grad = None
+        step(other, a, t)
+    assert torch.equal(b.detach(), start)
+    assert not torch.equal(a.detach(), start)
+
+    unpickled_p, unpickled = pickle.loads(pickle.dumps((p, optimizer)))
+    with pytest.raises(RuntimeError, match=r"was distributed when it was pickled: set opt\.process_group"):
+        step(unpickled, unpickled_p, 10)
+
+
+def test_mfac_rules(tmp_path: Path) -> None:
+    run_ranks(check_mfac_rules, 2, tmp_path)

@@ -5,10 +5,20 @@ from typing import Any
 
 import pytest
 
-from torch_ext.reference.optim import AdaHessianReference
+from torch_ext.reference.optim import AdaHessianReference, MFACReference
 from torch_ext.reference.optim.adahessian import OPTION_NAMES
+from torch_ext.reference.optim.mfac import OPTION_NAMES as MFAC_OPTION_NAMES
 from torch_ext.testing import problems
-from torch_ext.testing.make_optim_db import ADAHESSIAN_VARIANTS, PATH, ROWS, adahessian, difference, dumps
+from torch_ext.testing.make_optim_db import (
+    ADAHESSIAN_VARIANTS,
+    MFAC_VARIANTS,
+    PATH,
+    ROWS,
+    adahessian,
+    difference,
+    dumps,
+    mfac,
+)
 
 TABLE: dict[str, Any] = json.loads(PATH.read_text())
 
@@ -18,6 +28,9 @@ def test_every_row_is_there() -> None:
     assert [v["name"] for v in TABLE["AdaHessian"]["variants"]] == list(ADAHESSIAN_VARIANTS)
     varied = {name for options in ADAHESSIAN_VARIANTS.values() for name in options}
     assert varied == set(OPTION_NAMES)
+    assert [v["name"] for v in TABLE["MFAC"]["variants"]] == list(MFAC_VARIANTS)
+    varied = {name for options in MFAC_VARIANTS.values() for name in options}
+    assert varied == set(MFAC_OPTION_NAMES) | {"window_device"}
 
 
 def test_the_file_is_the_writers_text() -> None:
@@ -32,6 +45,27 @@ def test_first_hundred_steps(variant: str) -> None:
         assert old[key] == new[key]
     assert new["trajectory"]["iterations"] == [0, 100]
     assert difference(old["trajectory"], new["trajectory"]) <= old["rtol"]
+
+
+@pytest.mark.parametrize("variant", list(MFAC_VARIANTS))
+def test_first_hundred_steps_of_mfac(variant: str) -> None:
+    (new,) = mfac([variant], iterations=101)["variants"]
+    old = next(v for v in TABLE["MFAC"]["variants"] if v["name"] == variant)
+    for key in ("options", "loss_sign", "rtol"):
+        assert old[key] == new[key]
+    assert new["trajectory"]["iterations"] in ([0, 100], [0, 5, 10, 15])
+    assert difference(old["trajectory"], new["trajectory"]) <= old["rtol"]
+
+
+def test_trajectories_of_mfac_converge_and_differ() -> None:
+    texts = []
+    for variant in TABLE["MFAC"]["variants"]:
+        path = variant["trajectory"]
+        assert path["loss"][-1] < (0.122 if path["iterations"][-1] == 1000 else 0.4)
+        texts.append(json.dumps([path["iterations"], path["parameters"]]))
+    names = [variant["name"] for variant in TABLE["MFAC"]["variants"]]
+    assert texts.pop(names.index("maximize")) == texts[names.index("short_window")]
+    assert len(set(texts)) == len(texts)
 
 
 def test_trajectories_converge_and_differ() -> None:
@@ -51,3 +85,12 @@ def test_bad_options_name_the_option(options: dict[str, Any], word: str) -> None
     params, _ = problems.tanh_layer()
     with pytest.raises(ValueError, match=rf"AdaHessian: {word} must"):
         AdaHessianReference(list(params.values()), **options)
+
+
+@pytest.mark.parametrize(("options", "word"), TABLE["MFAC"]["options_bad"])
+def test_bad_options_of_mfac_name_the_option(options: dict[str, Any], word: str) -> None:
+    if word == "window_device":
+        pytest.skip("the reference has no devices")
+    params, _ = problems.tanh_layer()
+    with pytest.raises(ValueError, match=rf"MFAC: {word} must"):
+        MFACReference(list(params.values()), **options)

@@ -1,5 +1,6 @@
 """Reference versions of ``torch_ext.optim``."""
 
 from torch_ext.reference.optim.adahessian import AdaHessianReference
+from torch_ext.reference.optim.mfac import MFACReference
 
-__all__ = ["AdaHessianReference"]
+__all__ = ["AdaHessianReference", "MFACReference"]

@@ -15,6 +15,18 @@ namespace torch_ext::optim {
 // ProcessGroup.
 using ReduceFn = std::function<void(std::vector<at::Tensor>&)>;
 
+// How `count` processes share the elements of one long vector, the r-th slice of equal length being that of process r.
+// <torch_ext/distributed.h> makes one from a ProcessGroup. The default is one process.
+struct ColumnShards {
+  int64_t rank = 0, count = 1;
+  // The whole vector of each process -> the own slice of their mean.
+  std::function<at::Tensor(const at::Tensor&)> reduce_scatter_mean;
+  // Sums over the processes, in place.
+  std::function<void(at::Tensor&)> all_reduce_sum;
+  // The own slice of each process -> the whole vector.
+  std::function<at::Tensor(const at::Tensor&)> all_gather;
+};
+
 class TORCH_EXT_API OptimizerBase : public torch::optim::Optimizer {
  public:
   const Schema& schema() const { return options_of(*defaults_).schema(); }
@@ -60,6 +72,10 @@ class TORCH_EXT_API OptimizerBase : public torch::optim::Optimizer {
 
   // Shapes of loaded state against the parameter and its group's options; ValueError.
   virtual void check_state(const at::Tensor& param, const Options& options, const StateTensors& state) const = 0;
+  // What a checkpoint would make of the optimizer, before it does: options of each group, state of a parameter (null if
+  // it has none). Rules that concern several parameters; ValueError.
+  using StateLookup = std::function<const StateTensors*(const at::Tensor& param)>;
+  virtual void check_loaded(const std::vector<const Options*>&, const StateLookup&) const {}
   // Called after a checkpoint was loaded: drops what was begun on top of the old state.
   virtual void state_replaced() {}
 
@@ -74,10 +90,10 @@ class TORCH_EXT_API OptimizerBase : public torch::optim::Optimizer {
   // Its value without creating it (reads the device).
   int64_t global_value(const std::string& name) const;
 
-  ReduceFn reduce_;
-
- private:
+  // ValueError if there is none.
   const at::Tensor& first_param() const;
+
+  ReduceFn reduce_;
 };
 
 }  // namespace torch_ext::optim

@@ -24,14 +24,14 @@ class Options;
 
 // One option: keyword argument in Python, accessor in C++, key of a parameter group, key in a checkpoint.
 struct Field {
-  enum class Type { kFloat, kOptionalFloat, kFloatPair, kInt, kBool, kString };
+  enum class Type { kFloat, kOptionalFloat, kFloatPair, kInt, kBool, kString, kOptionalString };
   std::string name;
   Type type;
   c10::IValue default_value;
   double low = -std::numeric_limits<double>::infinity();  // numbers must lie in [low, high]; NaN never does
   double high = std::numeric_limits<double>::infinity();
   bool low_open = false, high_open = false;  // the bound itself is excluded
-  std::vector<std::string> choices = {};     // of a kString
+  std::vector<std::string> choices = {};     // of a kString; a kOptionalString may be any
   bool global = false;                       // the same in all groups
 };
 
@@ -42,11 +42,13 @@ struct StateField {
     kArithmetic,
     kFloat32,
     kFloat64,
-    kInt64
-  };  // kArithmetic: float32 for half and bfloat16, else the parameter's
+    kInt64,
+    kStored
+  };  // kArithmetic: float32 for half and bfloat16, else the parameter's; kStored: dtype and device stay as they are
   std::string name;
   DType dtype;
   bool on_cpu = false;  // stays on the CPU wherever the parameter is
+  bool shared = false;  // belongs to several parameters and sits with the first of them
 };
 
 struct TORCH_EXT_API Schema {
