@@ -41,14 +41,16 @@ def fisher_window_bytes(num_grads: int, dim: int, window_format: str, topk: floa
 def fisher_window_state(
     num_grads: int, dim: int, window_format: str, topk: float, error_feedback: bool, device: torch.device, /
 ) -> dict[str, Tensor]: ...
-def fisher_window_check_state(
+def fisher_window_about(damping: float, dim: int, /) -> Tensor: ...
+def fisher_window_load(
     num_grads: int,
     dim: int,
     window_format: str,
     topk: float,
     error_feedback: bool,
+    damping: float,
     state: dict[str, Tensor],
-    who: str,
+    saved: dict[str, Tensor],
     /,
 ) -> None: ...
 def fisher_window_check_row(row: Tensor, dim: int, what: str, /) -> None: ...

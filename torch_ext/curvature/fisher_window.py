@@ -57,7 +57,8 @@ class FisherWindow:
         device: torch.device | str = "cpu",
     ) -> None:
         _C.fisher_window_check(num_grads, dim, damping, window_format, topk, error_feedback)
-        self.num_grads, self.dim, self.damping, self.window_format = num_grads, dim, damping, window_format
+        self.num_grads, self.dim, self.window_format = num_grads, dim, window_format
+        self._damping = damping
         self._layout = (num_grads, dim, window_format, topk, error_feedback)
         self._state = _C.fisher_window_state(*self._layout, torch.device(device))
 
@@ -129,6 +130,11 @@ class FisherWindow:
         return products
 
     @property
+    def damping(self) -> float:
+        """lambda; the factor that the window keeps is of this one, so it cannot be changed."""
+        return self._damping
+
+    @property
     def count(self) -> int:
         """Rows held. On CUDA it waits for the device, as do ``rejected``, ``gram`` and ``solve_newest``."""
         return int(self._state["ring"][0])
@@ -144,18 +150,16 @@ class FisherWindow:
         return _C.fisher_window_bytes(*self._layout)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors by name, not copied."""
-        return dict(self._state)
+        """The tensors by name, not copied, and ``about``: damping and dim."""
+        return {**self._state, "about": _C.fisher_window_about(self.damping, self.dim)}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Copies the tensors of another window, from any device.
+        """Copies the tensors of another window, from any device. The factor of another damping is made anew.
 
         Raises:
-            ValueError: they are of another num_grads, dim or window_format.
+            ValueError: they are of another num_grads, dim or window_format; nothing has changed then.
         """
-        _C.fisher_window_check_state(*self._layout, dict(state_dict), "FisherWindow")
-        for name, tensor in self._state.items():
-            tensor.copy_(state_dict[name])
+        _C.fisher_window_load(*self._layout, self.damping, self._state, dict(state_dict))
 
     def to(self, device: torch.device | str) -> FisherWindow:
         """Moves the window, and returns it. Between CPU and CUDA the factor of K is made anew with the next call."""

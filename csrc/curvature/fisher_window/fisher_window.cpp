@@ -25,7 +25,31 @@ std::map<std::string, at::Tensor> to_map(const FisherWindowState& state) {
   return tensors;
 }
 
+constexpr const char* kAbout = "about";
+
 }  // namespace
+
+at::Tensor fisher_window_about(double damping, int64_t dim) {
+  at::Tensor about = at::empty({2}, at::kDouble);
+  about[0] = damping;
+  about[1] = static_cast<double>(dim);
+  return about;
+}
+
+void fisher_window_load(const FisherWindowLayout& layout, double damping, const FisherWindowState& state,
+                        const std::map<std::string, at::Tensor>& saved) {
+  const FisherWindowState from = from_map(saved);
+  fisher_window_check_state(layout, from, "FisherWindow");
+  const auto found = saved.find(kAbout);
+  TORCH_CHECK_VALUE(found != saved.end() && found->second.numel() == 2 && found->second.scalar_type() == at::kDouble,
+                    "FisherWindow: the state has no 'about' with damping and dim");
+  const at::Tensor about = found->second.detach().cpu().reshape({2});
+  TORCH_CHECK_VALUE(about[1].item<double>() == static_cast<double>(layout.dim), "FisherWindow: the state is of dim ",
+                    about[1].item<double>(), ", this window has dim ", layout.dim);
+  const at::NoGradGuard no_grad;
+  for (const auto& [name, member] : fisher_window_tensors()) (state.*member).copy_(from.*member);
+  if (about[0].item<double>() != damping) state.ring[kernels::kRingForm] = kernels::kFormNone;
+}
 
 void fisher_window_check_row(const at::Tensor& row, int64_t dim, const char* what) {
   TORCH_CHECK(row.layout() == at::kStrided, "FisherWindow: ", what, " is sparse; use .to_dense()");
@@ -94,10 +118,14 @@ int64_t FisherWindow::memory_bytes() const {
   return fisher_window_bytes({num_grads_, dim_, format_, topk_, error_feedback_});
 }
 
+std::map<std::string, at::Tensor> FisherWindow::state() const {
+  auto tensors = state_;
+  tensors[kAbout] = fisher_window_about(damping_, dim_);
+  return tensors;
+}
+
 void FisherWindow::load_state(const std::map<std::string, at::Tensor>& state) {
-  fisher_window_check_state({num_grads_, dim_, format_, topk_, error_feedback_}, from_map(state), "FisherWindow");
-  const at::NoGradGuard no_grad;
-  for (auto& [name, tensor] : state_) tensor.copy_(state.at(name));
+  fisher_window_load({num_grads_, dim_, format_, topk_, error_feedback_}, damping_, from_map(state_), state);
 }
 
 void FisherWindow::to(const at::Device& device) {

@@ -35,14 +35,11 @@ Tensors state(int64_t num_grads, int64_t dim, const std::string& format, double 
   return tensors;
 }
 
-void check_state(int64_t num_grads, int64_t dim, const std::string& format, double topk, bool error_feedback,
-                 const Tensors& tensors, const std::string& who) {
-  curvature::FisherWindowState loaded;
-  for (const auto& [name, member] : curvature::fisher_window_tensors()) {
-    const auto found = tensors.find(name);
-    if (found != tensors.end()) loaded.*member = found->second;
-  }
-  curvature::fisher_window_check_state(layout(num_grads, dim, format, topk, error_feedback), loaded, who);
+void load(int64_t num_grads, int64_t dim, const std::string& format, double topk, bool error_feedback, double damping,
+          const Tensors& tensors, const Tensors& saved) {
+  curvature::FisherWindowState own;
+  for (const auto& [name, member] : curvature::fisher_window_tensors()) own.*member = tensors.at(name);
+  curvature::fisher_window_load(layout(num_grads, dim, format, topk, error_feedback), damping, own, saved);
 }
 
 void check_row(const at::Tensor& row, int64_t dim, const std::string& what) {
@@ -53,7 +50,8 @@ const Binding binding([](py::module_& module) {
   module.def("fisher_window_check", &check);
   module.def("fisher_window_bytes", &bytes);
   module.def("fisher_window_state", &state);
-  module.def("fisher_window_check_state", &check_state);
+  module.def("fisher_window_about", &curvature::fisher_window_about);
+  module.def("fisher_window_load", &load);
   module.def("fisher_window_check_row", &check_row);
 });
 

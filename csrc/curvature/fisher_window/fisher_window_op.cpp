@@ -250,71 +250,21 @@ at::Tensor gram_impl(const at::Tensor& gram, const at::Tensor& ring, int64_t cou
   return gram.index_select(0, slot).index_select(1, slot);
 }
 
-// --- shapes only ---
-
-void dots_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-               const at::Tensor&, const c10::List<std::optional<at::Tensor>>& grads, at::TensorList params,
-               at::ArrayRef<double> weight_decay, bool, const std::optional<at::Tensor>&, std::string_view format) {
-  window_format(format);
-  core::check_same_length("fisher_window_dots_", "grads", params.size(), grads.size());
-  core::check_same_length("fisher_window_dots_", "weight_decay", params.size(), weight_decay.size());
-}
-void commit_meta(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double,
-                 bool, int64_t, int64_t, const std::optional<at::Tensor>&) {}
-at::Tensor by_slot_meta(const at::Tensor& like, c10::SymInt slots) {
-  return at::empty_symint({std::move(slots)}, like.options().dtype(at::kDouble).requires_grad(false));
-}
-at::Tensor solve_meta(const at::Tensor& gram, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-                      double) {
-  return by_slot_meta(gram, gram.sym_size(0));
-}
-at::Tensor project_meta(const at::Tensor& rows, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                        const at::Tensor&, std::string_view) {
-  return by_slot_meta(rows, rows.sym_size(1));
-}
-at::Tensor flat_meta(const at::Tensor& rows, c10::SymInt numel, std::string_view format) {
-  const auto type = window_arithmetic(window_format(format));
-  return at::empty_symint({std::move(numel)}, rows.options().dtype(type).requires_grad(false));
-}
-at::Tensor combine_meta(const at::Tensor& rows, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                        const at::Tensor&, c10::SymInt numel, std::string_view format) {
-  return flat_meta(rows, std::move(numel), format);
-}
-at::Tensor residual_meta(const at::Tensor& rows, const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                         const at::Tensor&, const at::Tensor& x, double, std::string_view format) {
-  return flat_meta(rows, x.sym_numel(), format);
-}
-at::Tensor gram_meta(const at::Tensor& gram, const at::Tensor&, c10::SymInt count) {
-  return at::empty_symint({count, std::move(count)}, gram.options().requires_grad(false));
+void register_kernels(torch::Library& m) {
+  m.impl("fisher_window_dots_", dots_impl);
+  m.impl("fisher_window_commit_", commit_impl);
+  m.impl("fisher_window_solve_", solve_impl);
+  m.impl("fisher_window_combine", combine_impl);
+  m.impl("fisher_window_project", project_impl);
+  m.impl("fisher_window_residual", residual_impl);
+  m.impl("fisher_window_gram", gram_impl);
 }
 
 }  // namespace
 
-#define TORCH_EXT_WINDOW_OPS(m, suffix)                \
-  m.impl("fisher_window_dots_", dots_##suffix);        \
-  m.impl("fisher_window_commit_", commit_##suffix);    \
-  m.impl("fisher_window_solve_", solve_##suffix);      \
-  m.impl("fisher_window_combine", combine_##suffix);   \
-  m.impl("fisher_window_project", project_##suffix);   \
-  m.impl("fisher_window_residual", residual_##suffix); \
-  m.impl("fisher_window_gram", gram_##suffix)
-
-TORCH_LIBRARY_IMPL(torch_ext, CPU, m) { TORCH_EXT_WINDOW_OPS(m, impl); }
+TORCH_LIBRARY_IMPL(torch_ext, CPU, m) { register_kernels(m); }
 #if TORCH_EXT_WITH_CUDA
-TORCH_LIBRARY_IMPL(torch_ext, CUDA, m) { TORCH_EXT_WINDOW_OPS(m, impl); }
+TORCH_LIBRARY_IMPL(torch_ext, CUDA, m) { register_kernels(m); }
 #endif
-TORCH_LIBRARY_IMPL(torch_ext, Meta, m) { TORCH_EXT_WINDOW_OPS(m, meta); }
-TORCH_LIBRARY_IMPL(torch_ext, Autograd, m) {
-  for (const char* name :
-       {"fisher_window_dots_", "fisher_window_commit_", "fisher_window_solve_", "fisher_window_combine",
-        "fisher_window_project", "fisher_window_residual", "fisher_window_gram"}) {
-    m.impl(name, core::not_differentiable());
-  }
-}
-TORCH_LIBRARY_IMPL(torch_ext, ADInplaceOrView, m) {
-  for (const char* name : {"fisher_window_dots_", "fisher_window_commit_", "fisher_window_solve_"}) {
-    m.impl(name, core::mutating());
-  }
-}
 
 }  // namespace torch_ext::curvature

@@ -11,6 +11,7 @@
 #include <torch_ext/export.h>
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -56,6 +57,14 @@ TORCH_EXT_API FisherWindowState fisher_window_state(const FisherWindowLayout& la
 // format or size); `who` opens the message.
 TORCH_EXT_API void fisher_window_check_state(const FisherWindowLayout& layout, const FisherWindowState& state,
                                              const std::string& who);
+
+// What the tensors of a window do not say of it: float64 [2] on the CPU, the damping of its factor and dim. Saved with
+// them under the name "about".
+TORCH_EXT_API at::Tensor fisher_window_about(double damping, int64_t dim);
+// Copies a saved window ("about" among its tensors) into `state`; the factor of another damping is made anew with the
+// next call. ValueError, and nothing changes, if it is of another num_grads, dim or format.
+TORCH_EXT_API void fisher_window_load(const FisherWindowLayout& layout, double damping, const FisherWindowState& state,
+                                      const std::map<std::string, at::Tensor>& saved);
 
 // What `push` and `ihvp` take: a dense real floating tensor [dim]; `what` names it in the message.
 TORCH_EXT_API void fisher_window_check_row(const at::Tensor& row, int64_t dim, const char* what);

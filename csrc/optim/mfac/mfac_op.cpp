@@ -42,9 +42,7 @@ void check_lengths(const Lists& l) {
   core::check_same_length(kName, "grads", n, l.grads.size());
   for (const auto& values : {l.lr, l.momentum, l.dampening, l.weight_decay}) {
     TORCH_CHECK_VALUE(values.size() == n, kName,
-                      ": lr, momentum, dampening and weight_decay need one number for each "
-                      "of ",
-                      n, " parameters");
+                      ": lr, momentum, dampening and weight_decay need a number for each of ", n, " parameters");
   }
 }
 

@@ -329,6 +329,25 @@ TEST(FisherWindow, Bug3TheFactorIsUpdatedNotMadeAnew) {  // the published code f
   EXPECT_GE(refactors, 1);  // but now and then it is, so that nothing can drift
 }
 
+TEST(FisherWindow, Spec13StateOfAnotherDamping) {
+  const at::Tensor rows = randn({9, 20});
+  FisherWindow source(4, 20, 0.1, "float64"), equal(4, 20, 0.1, "float64"), fresh(4, 20, 0.9, "float64");
+  FisherWindow window(4, 20, 0.9, "float64");
+  for (int64_t t = 0; t < 9; ++t) {
+    source.push(rows[t]);
+    fresh.push(rows[t]);
+  }
+  equal.load_state(source.state());
+  EXPECT_TRUE(equal_bits(equal.solve_newest(), source.solve_newest()));
+  window.load_state(source.state());
+  EXPECT_LE(error(window.solve_newest(), fresh.solve_newest()), 1e-13);
+  FisherWindow other(4, 21, 0.1, "float64"), narrow(4, 20, 0.1, "float32"), longer(5, 20, 0.1, "float64");
+  for (FisherWindow* refuses : {&other, &narrow, &longer}) {
+    expect_error<c10::ValueError>([&] { refuses->load_state(source.state()); }, "FisherWindow");
+    EXPECT_EQ(refuses->count(), 0);
+  }
+}
+
 TEST(FisherWindow, BadInput) {
   expect_error<c10::ValueError>([] { FisherWindow(0, 3, 0.1); }, "num_grads");
   expect_error<c10::ValueError>([] { FisherWindow(4, 0, 0.1); }, "dim");

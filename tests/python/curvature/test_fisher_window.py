@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -309,6 +310,46 @@ def test_copies_go_on_alike() -> None:
         assert bits([other.gram(), other.solve_newest()]) == bits([window.gram(), window.solve_newest()])
     others[0].push(rows[0])
     assert not torch.equal(others[0].gram(), window.gram())
+
+
+@pytest.mark.parametrize("window_format", FORMATS)
+def test_13_state_dict_goes_on_alike(window_format: str, tmp_path: Path) -> None:
+    rows = randn(20, 1300)
+    window = filled(rows[:11], 0.1, window_format, num_grads=6)
+    torch.save(window.state_dict(), tmp_path / "window.pt")
+    other = FisherWindow(6, 1300, 0.1, window_format)
+    other.load_state_dict(torch.load(tmp_path / "window.pt", weights_only=True))
+    for row in rows[11:]:
+        window.push(row)
+        other.push(row)
+    assert bits([window.gram(), window.solve_newest()]) == bits([other.gram(), other.solve_newest()])
+
+
+def test_13_state_of_another_damping() -> None:
+    """The rows are taken over, the factor is not: as if the window had always had its own damping."""
+    rows = randn(12, 20)
+    source, fresh = filled(rows[:9], 0.1, num_grads=4), filled(rows[:9], 0.9, num_grads=4)
+    window = FisherWindow(4, 20, 0.9, "float64")
+    window.load_state_dict(source.state_dict())
+    assert error(window.solve_newest(), fresh.solve_newest()) <= 1e-13
+    assert error(window.ihvp(rows[0]), fresh.ihvp(rows[0])) <= 1e-13
+    for row in rows[9:]:
+        window.push(row)
+        fresh.push(row)
+        assert error(window.solve_newest(), fresh.solve_newest()) <= 1e-13
+
+
+@pytest.mark.parametrize(
+    "other", [{"num_grads": 5}, {"dim": 3000}, {"dim": 1400}, {"window_format": "bfloat16"}], ids=str
+)
+def test_state_of_another_window_is_refused(other: dict[str, Any]) -> None:
+    options: dict[str, Any] = {"num_grads": 4, "dim": 1300, "damping": 0.1, "window_format": "float32"}
+    source, window = FisherWindow(**{**options, **other}), FisherWindow(**options)
+    window.push(randn(1300))
+    before = bits(window.state_dict())
+    with pytest.raises(ValueError, match="FisherWindow"):
+        window.load_state_dict(source.state_dict())
+    assert bits(window.state_dict()) == before
 
 
 # ---- defects of other implementations

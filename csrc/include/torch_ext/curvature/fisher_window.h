@@ -67,9 +67,9 @@ class TORCH_EXT_API FisherWindow {
   // Bytes of all tensors.
   int64_t memory_bytes() const;
 
-  // The tensors by name, not copied. load_state copies, from any device; ValueError if they are of another num_grads,
-  // dim or format.
-  std::map<std::string, at::Tensor> state() const { return state_; }
+  // The tensors by name, not copied, and "about": damping and dim. load_state copies, from any device; ValueError if
+  // they are of another num_grads, dim or format. The factor of another damping is made anew.
+  std::map<std::string, at::Tensor> state() const;
   void load_state(const std::map<std::string, at::Tensor>& state);
   // Moves the window. Between CPU and CUDA the factor of K is made anew with the next call.
   void to(const at::Device& device);
