@@ -7,9 +7,27 @@ coordinate and nothing is contracted, so ``W`` and the threshold have the kernel
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from torch_ext.reference.optim.adahessian import exact_sqrt
+
+
+class _Sqrt(torch.autograd.Function):
+    """Correctly rounded, which Tensor.sqrt is not."""
+
+    @staticmethod
+    def forward(ctx: Any, square: Tensor) -> Tensor:
+        root = exact_sqrt(square.detach())
+        ctx.save_for_backward(root)
+        return root
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (root,) = ctx.saved_tensors
+        return grads[0] / (2 * root)
 
 
 def snell_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -19,7 +37,7 @@ def snell_distance(a: Tensor, b: Tensor) -> Tensor:
         difference = a[:, None, k] - b[None, :, k]
         square = square + difference * difference
     positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)
+    return torch.where(positive, _Sqrt.apply(torch.where(positive, square, 1)), 0)
 
 
 def snell_weight(A: Tensor, B: Tensor, scale: float) -> Tensor:
