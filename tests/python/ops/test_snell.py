@@ -118,6 +118,46 @@ def test_2_exact_passes_gradcheck(rule: Any) -> None:
     assert gradcheck(branch, leaves)
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_exact_passes_gradgradcheck(rule: Any) -> None:
+    a, b = (3 * v for v in factors(4, 3, 4, dtype=torch.float64))
+    x = inputs(3, 4, torch.float64)
+    leaves = tuple(v.requires_grad_() for v in (x, a, b))
+
+    def branch(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return ops.snell_linear(x, a, b, 0.1, 0.5, sparsifier=rule, grad="exact")[0]
+
+    assert gradgradcheck(branch, leaves)
+
+
+@pytest.mark.parametrize("grad", GRADS)
+@pytest.mark.parametrize("rule", RULES)
+def test_second_derivative_is_that_of_the_reference(rule: Any, grad: Any) -> None:
+    """Also of "detached", whose gradient is no gradient of the output: its constants stay constant."""
+    a, b = factors(270, 9, 6, dtype=torch.float64)  # two tiles
+    x = inputs(5, 270, torch.float64)
+    leaves = [v.requires_grad_() for v in (x, a, b)]
+    probes = [torch.randn_like(v) for v in leaves]
+    results = []
+    for linear_of in (ops.snell_linear, reference.snell_linear):
+        y, _ = linear_of(x, a, b, 0.1, 0.6, sparsifier=rule, grad=grad)
+        first = torch.autograd.grad(y.sin().sum(), leaves, create_graph=True)
+        products = torch.autograd.grad(first, leaves, probes, retain_graph=True)
+        only_a = torch.autograd.grad(first[1], leaves, probes[1])
+        results.append([*products, *only_a])
+    for g, w in zip(*results, strict=True):
+        assert relative(g, w) < 1e-10
+
+
+def test_there_is_no_third_derivative() -> None:
+    a, b = (v.requires_grad_() for v in factors(4, 3, 4, dtype=torch.float64))
+    y, _ = ops.snell_linear(inputs(3, 4, torch.float64), a, b, 0.1, 0.5, grad="exact")
+    (first,) = torch.autograd.grad(y.sum(), [a], create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), [a], create_graph=True)
+    with pytest.raises(RuntimeError, match="snell_linear has no third derivative"):
+        second.sum().backward()
+
+
 def test_2_detached_code_is_half_the_true_gradient() -> None:
     a, b = factors(6, 5, 4, dtype=torch.float64)
     x = inputs(7, 6, torch.float64)
