@@ -112,7 +112,7 @@ def adapt_digits(args: argparse.Namespace) -> list[Run]:
     return runs
 
 
-# --- a model with the names of Hugging Face's --------------------------------------------------------------------------
+# --- a model with the names of Hugging Face's -------------------------------------------------------------------------
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -121,7 +121,9 @@ class Attention(nn.Module):
         self.v_proj, self.o_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         return self.o_proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
 
 
@@ -189,13 +191,14 @@ def draw(runs: list[Run], path: str) -> None:
 
     colors = dict(zip([r.name for r in runs], ["#0072b2", "#56b4e9", "#009e73", "#d55e00"], strict=False))
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(1, len(RATES), figsize=(12, 5), layout="constrained")
+    figure, panels = plt.subplots(1, len(RATES), figsize=(12, 5), sharey=True, layout="constrained")
     for axes, rate in zip(panels, RATES, strict=True):
         for run in (r for r in runs if r.rate == rate):
             style = {"linewidth": 2.4, "dashes": (5, 2)} if run.name == "LoRA" else {"linewidth": 2}
             steps = range(1, len(run.loss) + 1)
             axes.plot(steps, run.loss, color=colors[run.name], label=run.name, marker="o" * (len(steps) == 1), **style)
         axes.set(yscale="log", xlabel="step", title=f"Adam, learning rate {rate:g}")
+        axes.yaxis.set_major_formatter("{x:g}")  # 0.1, not 10^-1
         axes.grid(alpha=0.25, which="both", linewidth=0.6)
     panels[0].set_ylabel("mean cross-entropy of the digits 5 to 9\n(nats, log scale): lower is better")
     handles, names = panels[0].get_legend_handles_labels()

@@ -25,10 +25,10 @@ class SnellLinear(nn.Module):
     The gradient carries a factor ``|w|`` of about 1e-3: train with an Adam, and do not clip by the global norm.
 
     Args:
-        linear: its ``weight`` and ``bias`` become this module's, under the same names, and no longer require a gradient.
+        linear: its ``weight`` and ``bias`` become this module's under the same names and no longer require a gradient.
         rank: of both kernel pieces together, a multiple of 2; the paper uses 8, 16 and 32.
-        sparsity: share of entries that is pruned, in [0, 1); differs by task, the paper's are 0.3 to 0.995. An attribute
-            that may be set while training.
+        sparsity: share of entries that is pruned, in [0, 1); differs by task, the published scripts use 0 to 0.995. An
+            attribute that may be set while training.
         scale, sparsifier, grad: as in :func:`torch_ext.ops.snell_linear`; 0.1 is the published, untrained scale.
         dropout: of the branch's input; the paper trains with 0.1.
         start_from_zero: subtract the update of the initial factors, so that training starts from the frozen layer's own

@@ -138,11 +138,11 @@ void SnellLinearImpl::save(torch::serialize::OutputArchive& archive) const {
 void SnellLinearImpl::load(torch::serialize::InputArchive& archive) {
   unmerge();
   Module::load(archive);
-  at::Tensor value;
-  archive.read("sparsity", value, /*is_buffer=*/true);
-  set_sparsity(value.item<double>());
-  options.start_from_zero(archive.try_read("start_seed", value, /*is_buffer=*/true));
-  if (options.start_from_zero()) options.seed(value.item<int64_t>());
+  at::Tensor sparsity, seed;
+  archive.read("sparsity", sparsity, /*is_buffer=*/true);
+  set_sparsity(sparsity.item<double>());
+  options.start_from_zero(archive.try_read("start_seed", seed, /*is_buffer=*/true));
+  if (options.start_from_zero()) options.seed(seed.item<int64_t>());
 }
 
 void SnellLinearImpl::pretty_print(std::ostream& stream) const {

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from torch_ext import ops
 from torch_ext.nn import SnellBudget, SnellLinear, apply_snell, snell_state_dict
-from torch_ext.reference.nn import budget_split, budget_sparsity, snell_init
+from torch_ext.reference.nn import budget_sparsity, budget_split, snell_init
 
 DIGITS = Path(__file__).resolve().parents[3] / "examples" / "data" / "digits.csv"
 

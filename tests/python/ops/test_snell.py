@@ -190,9 +190,7 @@ def test_coincident_rows_have_no_gradient_and_no_nan() -> None:
     leaves = [a.requires_grad_(), b.requires_grad_()]
     for rule in RULES:
         y, _ = ops.snell_linear(inputs(7, 6, torch.float64), a, b, 0.1, 0.2, sparsifier=rule, grad="exact")  # type: ignore[arg-type]
-        expected, _ = reference.snell_linear(
-            inputs(7, 6, torch.float64), a, b, 0.1, 0.2, sparsifier=rule, grad="exact"
-        )
+        expected, _ = reference.snell_linear(inputs(7, 6, torch.float64), a, b, 0.1, 0.2, sparsifier=rule, grad="exact")
         got, want = torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves)
         for g, w in zip(got, want, strict=True):
             assert torch.isfinite(g).all()

@@ -18,8 +18,9 @@ def snell_init(features: int, rank: int, stream: int, seed: int) -> Tensor:
     numel = 2 * features * (rank // 2)
     block = torch.arange((numel + 3) // 4)
     words = philox4x32(philox_counter(block, stream=stream, ordinal=0, tag=INITIAL_TAG, epoch=0), philox_key(seed))
-    unit = 2 * ((words.flatten()[:numel] >> 8) / 2.0**24).double() - 1
-    return (unit * (features * (rank // 2)) ** -0.5).reshape(shape)
+    unit: Tensor = 2 * ((words.flatten()[:numel] >> 8) / 2.0**24).double() - 1
+    bound: float = (features * (rank // 2)) ** -0.5
+    return (unit * bound).reshape(shape)
 
 
 def budget_sparsity(step: int, total: int, initial: float, target: float, warmup: int, final: int) -> float:

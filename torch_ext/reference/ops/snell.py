@@ -9,25 +9,25 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from torch_ext.reference.optim.adahessian import exact_sqrt
-
 
 class _Sqrt(torch.autograd.Function):
-    """Correctly rounded, which Tensor.sqrt is not."""
+    """Correctly rounded, which Tensor.sqrt (through MKL) is not."""
 
     @staticmethod
     def forward(ctx: Any, square: Tensor) -> Tensor:
-        root = exact_sqrt(square.detach())
+        root = torch.from_numpy(np.sqrt(square.detach().numpy()))
         ctx.save_for_backward(root)
         return root
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         (root,) = ctx.saved_tensors
-        return grads[0] / (2 * root)
+        gradient: Tensor = grads[0] / (2 * root)
+        return gradient
 
 
 def snell_distance(a: Tensor, b: Tensor) -> Tensor:
@@ -37,7 +37,8 @@ def snell_distance(a: Tensor, b: Tensor) -> Tensor:
         difference = a[:, None, k] - b[None, :, k]
         square = square + difference * difference
     positive = square > 0
-    return torch.where(positive, _Sqrt.apply(torch.where(positive, square, 1)), 0)
+    root: Tensor = _Sqrt.apply(torch.where(positive, square, 1))  # type: ignore[no-untyped-call]
+    return torch.where(positive, root, 0)
 
 
 def snell_weight(A: Tensor, B: Tensor, scale: float) -> Tensor:

@@ -14,7 +14,7 @@
 
 namespace torch_ext::nn {
 
-// Defaults are the paper's (rank 8 of 8, 16, 32; scale 0.1), the sparsity one of its range: it differs by task, .3 to
+// Defaults are the paper's (rank 8 of 8, 16, 32; scale 0.1), the sparsity one of its range: it differs by task, 0 to
 // .995.
 struct SnellOptions {
   SnellOptions() = default;
