@@ -4,6 +4,7 @@ of the method (arXiv:2411.01800): 1 tiny exact case, 2 gradients, 3 counts and i
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -205,8 +206,6 @@ def test_3_counts_are_exact(shape: tuple[int, int, int], sparsity: float) -> Non
 
     Without ties needs float64: 2.4 million float32 weights do tie.
     """
-    import math
-
     a, b = factors(*shape, dtype=torch.float64)
     entries = shape[0] * shape[1]
     paper = int((ops.snell_merge(a, b, 0.1, sparsity, sparsifier="paper") != 0).sum())
@@ -244,10 +243,31 @@ def test_4_full_rank_and_merging() -> None:
         assert relative(x @ ops.snell_merge(a, b, 0.1, 0.9, sparsifier=rule), y) < 1e-6  # type: ignore[arg-type]
 
 
+# --- 5 ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("rule", ["code", "paper"])
+def test_5_memory_stays_below_the_bound(rule: Any) -> None:
+    """768 x 3072: outputs and returned gradients excluded, 8 rank (in + out) bytes and two tiles of 384 x 512."""
+    from torch.profiler import ProfilerActivity, profile
+
+    rows, columns, rank, n = 768, 3072, 8, 32
+    a, b = (v.requires_grad_() for v in factors(rows, columns, rank))
+    x, gy = inputs(n, rows).requires_grad_(), inputs(n, columns, seed=1)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        y, t = ops.snell_linear(x, a, b, 0.1, 0.9, sparsifier=rule, grad="exact")
+        grads = torch.autograd.grad(y, (x, a, b), gy)
+    assert recorded.profiler is not None
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = largest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak, largest = max(peak, held), max(largest, event.nbytes())
+    returned = sum(4 * v.numel() for v in (y, t, *grads))
+    assert returned < peak <= returned + 8 * rank * (rows + columns) + 2 * 384 * 512 * 4
+    assert largest < rows * columns * 4 / 2  # nothing of the size of W
+
+
 # --- 7 ---------------------------------------------------------------------------------------------------------------
 def kth(weight: Tensor, sparsity: float) -> Tensor:
-    import math
-
     return weight.abs().flatten().kthvalue(max(1, math.ceil(sparsity * weight.numel()))).values
 
 
@@ -476,3 +496,33 @@ def test_compile_fullgraph_and_meta() -> None:
     assert ops.snell_merge(meta[1], meta[2], 0.1, 0.5).shape == (6, 5)
     with pytest.raises(ValueError, match="sparsity must be"):
         ops.snell_merge(meta[1], meta[2], 0.1, 2.0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", RULES)
+def test_cuda_weights_and_threshold_are_the_bits_of_the_cpu(rule: Any, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        a, b = factors(*shape, dtype=dtype)
+        for sparsity in (0.0, 0.3, 0.9, 0.999):
+            merged = ops.snell_merge(a.cuda(), b.cuda(), 0.1, sparsity, sparsifier=rule)
+            assert torch.equal(merged.cpu(), ops.snell_merge(a, b, 0.1, sparsity, sparsifier=rule))
+            x = torch.ones(2, shape[0], dtype=dtype)
+            t = ops.snell_linear(x.cuda(), a.cuda(), b.cuda(), 0.1, sparsity, sparsifier=rule)[1]
+            assert torch.equal(t.cpu(), ops.snell_linear(x, a, b, 0.1, sparsity, sparsifier=rule)[1])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("grad", GRADS)
+@pytest.mark.parametrize("rule", RULES)
+def test_cuda_gradients_are_those_of_the_cpu(rule: Any, grad: Any) -> None:
+    for rows, columns, rank in [(33, 150, 6), (2100, 600, 8), (20, 2100, 32)]:
+        a, b = factors(rows, columns, rank, dtype=torch.float64)
+        x, gy = inputs(7, rows, torch.float64), inputs(7, columns, torch.float64, seed=3)
+        results = []
+        for device in ("cpu", "cuda"):
+            leaves = [v.to(device).requires_grad_() for v in (x, a, b)]
+            y, _ = ops.snell_linear(*leaves, 0.1, 0.7, sparsifier=rule, grad=grad)
+            results.append([y, *torch.autograd.grad(y, leaves, gy.to(device))])
+        for c, g in zip(*results, strict=True):
+            assert relative(g.cpu(), c) < 1e-12
