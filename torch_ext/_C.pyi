@@ -55,6 +55,55 @@ def fisher_window_load(
 ) -> None: ...
 def fisher_window_check_row(row: Tensor, dim: int, what: str, /) -> None: ...
 
+# nn/snell_linear
+def check_snell_options(
+    in_features: int,
+    out_features: int,
+    rank: int,
+    sparsity: float,
+    scale: float,
+    sparsifier: str,
+    grad: str,
+    dropout: float,
+    /,
+) -> None: ...
+def snell_add_(
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    sparsity: float,
+    sparsifier: str,
+    factor: float,
+    start_seed: int | None,
+    /,
+) -> None: ...
+def snell_budget_score(
+    param: Tensor, grad: Tensor, importance: Tensor, uncertainty: Tensor, beta1: float, beta2: float, /
+) -> Tensor: ...
+def snell_budget_check(
+    layers: int,
+    total_steps: int,
+    initial: float,
+    target: float,
+    betas: tuple[float, float],
+    init_warmup: int,
+    final_warmup: int,
+    /,
+) -> None: ...
+def snell_budget_split(
+    scores: Sequence[float],
+    entries: Sequence[int],
+    step: int,
+    total_steps: int,
+    initial: float,
+    target: float,
+    betas: tuple[float, float],
+    init_warmup: int,
+    final_warmup: int,
+    /,
+) -> list[float]: ...
+
 # optim/base
 def optimizers() -> list[str]: ...
 def schema(optimizer: str) -> dict[str, Any]: ...

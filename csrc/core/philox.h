@@ -20,7 +20,8 @@ enum class PhiloxTag : uint32_t {
   kProbe = 3,
   kTransport = 4,
   kEnvironment = 5,
-  kRounding = 6
+  kRounding = 6,
+  kInitial = 7
 };
 
 TX_HD Philox4 philox4x32(Philox4 counter, uint32_t key0, uint32_t key1) {

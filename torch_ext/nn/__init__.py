@@ -1,0 +1,5 @@
+"""Modules around the operators."""
+
+from torch_ext.nn.snell_linear import SnellBudget, SnellLinear, apply_snell, snell_state_dict
+
+__all__ = ["SnellBudget", "SnellLinear", "apply_snell", "snell_state_dict"]

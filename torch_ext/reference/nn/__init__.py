@@ -1,0 +1,5 @@
+"""Reference versions of ``torch_ext.nn``."""
+
+from torch_ext.reference.nn.snell_linear import budget_sparsity, budget_split, snell_init
+
+__all__ = ["budget_sparsity", "budget_split", "snell_init"]
