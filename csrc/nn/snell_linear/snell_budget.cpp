@@ -69,8 +69,8 @@ void check_snell_budget(const SnellBudgetOptions& options, int64_t layers) {
                     options.init_warmup(), " + ", options.final_warmup(), ")");
 }
 
-at::Tensor snell_budget_score(const at::Tensor& param, const at::Tensor& grad, at::Tensor importance,
-                              at::Tensor uncertainty, double beta1, double beta2) {
+at::Tensor snell_budget_score(const at::Tensor& param, const at::Tensor& grad, const at::Tensor& importance,
+                              const at::Tensor& uncertainty, double beta1, double beta2) {
   const at::NoGradGuard no_grad;
   const at::Tensor now = (param * grad).abs_().to(importance.scalar_type());
   importance.mul_(beta1).add_(now, 1 - beta1);

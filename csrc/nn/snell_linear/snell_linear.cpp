@@ -40,7 +40,7 @@ void check_snell_options(int64_t in_features, int64_t out_features, int64_t rank
                    scale, sparsity, sparsifier, grad);
 }
 
-void snell_add_(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, double scale, double sparsity,
+void snell_add_(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, double scale, double sparsity,
                 std::string_view sparsifier, double factor, std::optional<int64_t> start_seed) {
   const at::NoGradGuard no_grad;
   at::Tensor update = ops::snell_merge(A, B, scale, sparsity, sparsifier);

@@ -236,7 +236,7 @@ void snell_fill(const SnellLayer& layer, const at::Tensor& t, const at::Tensor& 
 }
 
 at::Tensor snell_product(const SnellLayer& layer, const at::Tensor& t, const at::Tensor& x, bool transposed) {
-  const at::Tensor out = at::empty({x.size(0), transposed ? layer.weights.rows : layer.weights.columns}, x.options());
+  at::Tensor out = at::empty({x.size(0), transposed ? layer.weights.rows : layer.weights.columns}, x.options());
   const at::Tensor buffer = tile_buffer(layer);
   for_each_chunk_of_rows(layer, x, [&](int64_t at, int64_t rows) {
     const at::Tensor from = widened(layer, x.narrow(0, at, rows));

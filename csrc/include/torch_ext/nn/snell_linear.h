@@ -77,7 +77,7 @@ TORCH_MODULE(SnellLinear);
 TORCH_EXT_API std::tuple<at::Tensor, at::Tensor> snell_init(const at::Tensor& A, const at::Tensor& B, int64_t seed);
 
 // weight [out_features, in_features] += factor * phi(W)^T, minus the update of the factors drawn from start_seed.
-TORCH_EXT_API void snell_add_(at::Tensor weight, const at::Tensor& A, const at::Tensor& B, double scale,
+TORCH_EXT_API void snell_add_(const at::Tensor& weight, const at::Tensor& A, const at::Tensor& B, double scale,
                               double sparsity, std::string_view sparsifier, double factor,
                               std::optional<int64_t> start_seed);
 
@@ -115,8 +115,9 @@ class TORCH_EXT_API SnellBudget {
 };
 
 // Updates both averages in place; mean(importance * uncertainty), 0-dim.
-TORCH_EXT_API at::Tensor snell_budget_score(const at::Tensor& param, const at::Tensor& grad, at::Tensor importance,
-                                            at::Tensor uncertainty, double beta1, double beta2);
+TORCH_EXT_API at::Tensor snell_budget_score(const at::Tensor& param, const at::Tensor& grad,
+                                            const at::Tensor& importance, const at::Tensor& uncertainty, double beta1,
+                                            double beta2);
 // The sparsity of each layer at the given step (from 1).
 TORCH_EXT_API std::vector<double> snell_budget_split(const std::vector<double>& scores,
                                                      const std::vector<int64_t>& entries, int64_t step,
