@@ -115,7 +115,7 @@ TEST(FisherWindowCuda, UpdatesHaveTheCpusBits) {
   }
 }
 
-// Spec 3 on the device: long runs, u against a fresh factorization.
+// Test 3 on the device: long runs, u against a fresh factorization.
 TEST(FisherWindowCuda, Spec03SlidingWindow) {
   TORCH_EXT_NEED_GPU();
   constexpr int64_t kSteps = 2000, m = 64;

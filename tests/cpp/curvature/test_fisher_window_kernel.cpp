@@ -284,7 +284,7 @@ struct Form {
 const std::vector<Form> kForms{{"Cholesky", window_commit_cpu, window_solve_cpu},
                                {"inverse", window_commit_inverse_cpu, window_solve_inverse_cpu}};
 
-// Spec 3 for both forms: long runs with correlated rows, with more rows than columns, and with decaying ones.
+// Test 3 for both forms: long runs with correlated rows, with more rows than columns, and with decaying ones.
 TEST(FisherWindowKernel, Spec03BothFormsKeepTheirAccuracy) {
   struct Case {
     const char* name;
