@@ -2,5 +2,6 @@
 
 from torch_ext.ops.philox4x32 import philox4x32
 from torch_ext.ops.rademacher import rademacher_
+from torch_ext.ops.sinkhorn_newton import SinkhornResult, sinkhorn_newton
 
-__all__ = ["philox4x32", "rademacher_"]
+__all__ = ["SinkhornResult", "philox4x32", "rademacher_", "sinkhorn_newton"]

@@ -2,5 +2,6 @@
 
 from torch_ext.reference.ops.philox4x32 import philox4x32
 from torch_ext.reference.ops.rademacher import rademacher, rademacher_
+from torch_ext.reference.ops.sinkhorn_newton import sinkhorn_newton
 
-__all__ = ["philox4x32", "rademacher", "rademacher_"]
+__all__ = ["philox4x32", "rademacher", "rademacher_", "sinkhorn_newton"]

@@ -1,0 +1,5 @@
+"""Modules."""
+
+from torch_ext.nn.sinkhorn_loss import SinkhornLoss
+
+__all__ = ["SinkhornLoss"]
