@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from torch_ext.ops.sinkhorn_newton import warn_unconverged
+
 
 class SinkhornLoss(torch.nn.Module):
     """V(x, y) of :func:`torch_ext.ops.sinkhorn_newton` for the cost C_ij = |x_i - y_j|^2 / 2.
@@ -33,7 +35,9 @@ class SinkhornLoss(torch.nn.Module):
         self.debias = debias
 
     def forward(self, x: Tensor, y: Tensor, a: Tensor | None = None, b: Tensor | None = None) -> Tensor:
-        loss: Tensor = torch.ops.torch_ext.sinkhorn_loss(x, y, a, b, self.eps, self.debias)
+        loss: Tensor
+        loss, info = torch.ops.torch_ext.sinkhorn_loss(x, y, a, b, self.eps, self.debias)
+        warn_unconverged("SinkhornLoss", info)
         return loss
 
     def extra_repr(self) -> str:

@@ -1,9 +1,12 @@
 """Entropic optimal transport by a sparse Newton method, differentiable to any order."""
 
+import warnings
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from torch_ext import _C
 
 
 class SinkhornResult(NamedTuple):
@@ -51,11 +54,22 @@ def sinkhorn_newton(
 
     Returns:
         value, plan, f and g in the dtype of ``a``, the potentials shifted so that a.f = b.g, and info in float64. A
-        problem that did not converge is reported there and by a warning.
+        problem that did not converge is reported there and by a warning (under ``torch.compile`` only there).
 
     Raises:
         ValueError: shapes; eps, tol, max_iter or mode; negative or non-finite masses, unequal sums; NaN or -infinity
             in ``C``; a row or column with mass but without a finite cost.
         TypeError: dtypes.
     """
-    return SinkhornResult(*torch.ops.torch_ext.sinkhorn_newton(C, a, b, eps, tol, max_iter, mode, f0))
+    result = SinkhornResult(*torch.ops.torch_ext.sinkhorn_newton(C, a, b, eps, tol, max_iter, mode, f0))
+    warn_unconverged("sinkhorn_newton", result.info)
+    return result
+
+
+def warn_unconverged(op: str, info: Tensor) -> None:
+    """Warns if a problem of ``info`` ``[..., 4]`` did not converge. Not while a graph is traced: there is no data."""
+    if torch.compiler.is_compiling():
+        return
+    text = _C.sinkhorn_unconverged(op, info)
+    if text:
+        warnings.warn(text, stacklevel=3)

@@ -153,23 +153,6 @@ void write_solution(const SinkhornSettings& s, const Prepared& p, const Sinkhorn
   info[3] = solution.converged ? 1 : 0;
 }
 
-void warn_of_failures(const SinkhornSettings& s, const BatchSolution& solution) {
-  const auto* info = solution.info.const_data_ptr<double>();
-  const int64_t count = solution.info.size(0);
-  int64_t failed = 0;
-  double worst = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    if (info[4 * k + 3] != 0) continue;
-    ++failed;
-    worst = std::max(worst, info[4 * k]);
-  }
-  if (failed == 0) return;
-  TORCH_WARN(s.op, ": ", failed, " of ", count, " problems did not reach tol = ", s.tol, " (largest marginal error ",
-             worst,
-             "); see info, raise max_iter or eps, or check that the finite costs "
-             "admit a plan");
-}
-
 }  // namespace
 
 BatchSolution solve_batch(const SinkhornSettings& settings, const at::Tensor& a, const at::Tensor& b,
@@ -198,7 +181,6 @@ BatchSolution solve_batch(const SinkhornSettings& settings, const at::Tensor& a,
   } else {
     run(0, count);
   }
-  warn_of_failures(settings, out);
   return out;
 }
 

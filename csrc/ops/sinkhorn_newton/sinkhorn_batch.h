@@ -46,7 +46,7 @@ struct BatchSolution {
   at::Tensor value, f, g, info;  // float64 on the host: [B], [B, n], [B, m], [B, 4]
 };
 
-// a [B, n], b [B, m] and f0 (or undefined) [B, n]: float64 on the host. Warns of problems that did not converge.
+// a [B, n], b [B, m] and f0 (or undefined) [B, n]: float64 on the host.
 BatchSolution solve_batch(const SinkhornSettings& settings, const at::Tensor& a, const at::Tensor& b,
                           const at::Tensor& f0, const at::Device& device, const CostSource& source);
 

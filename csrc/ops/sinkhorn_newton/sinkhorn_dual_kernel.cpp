@@ -5,6 +5,9 @@
 // descends.)
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <initializer_list>
+#include <limits>
 
 #include "ops/sinkhorn_newton/sinkhorn_solver_kernel.h"
 #include "ops/sinkhorn_newton/sparse_newton_kernel.h"
@@ -27,7 +30,8 @@ class BothPotentials {
 
   // The full plan at (f, g), its marginals and gradient; returns the L1 error of both marginals.
   double measure() {
-    s_.passes.compact(s_.point(), everything_row_.data(), everything_column_.data(), full_);
+    s_.passes.compact(s_.point(), everything_row_.data(), everything_column_.data(),
+                      std::numeric_limits<int64_t>::max(), full_);
     std::fill(s_.row_sum.begin(), s_.row_sum.end(), 0.0);
     std::fill(column_sum_.begin(), column_sum_.end(), 0.0);
     for_each(full_, [&](size_t i, size_t j, double value) {
@@ -48,6 +52,13 @@ class BothPotentials {
   // F by a counted pass.
   double objective() { return s_.dual() - s_.eps * s_.plan_mass(); }
 
+  // What rounding may hide of a gain.
+  double slack() const {
+    double magnitude = 0;
+    s_.dual(&magnitude);
+    return 1e-14 * magnitude;
+  }
+
   // Solves [[diag p + shift, S], [S^T, diag q + shift]] dz = eps grad on the kept plan, without its last column if
   // `fix_last` (g_m stays). Returns grad . dz.
   double direction(double shift, double relative_shift, bool fix_last) {
@@ -59,7 +70,7 @@ class BothPotentials {
     df.assign(n, 0.0);
     const NormalSystem system{&kept, diagonal.data(), weight.data(), s_.problem.n, s_.problem.m};
     const double tolerance = std::clamp(0.1 * s_.solution.error, 1e-10, 0.1);
-    if (!conjugate_gradients(system, rhs.data(), tolerance, kCgCap, df.data()).converged) {
+    if (!conjugate_gradients(linear_map(system), jacobi(system), rhs.data(), tolerance, kCgCap, df.data()).converged) {
       sparse_cholesky_solve(system, rhs.data(), kCholeskyWork, df.data());
     }
     dg.assign(m, 0.0);
@@ -205,8 +216,8 @@ SinkhornSolution solve_sns(SinkhornState& s) {
     ++s.solution.newton;
     both.keep_largest(2 * s.problem.m);
     const double slope = both.direction(0, 1e-13, /*fix_last=*/false);
-    const double before = both.objective();
-    const auto armijo = [&](double gain, double t) { return gain >= 1e-4 * t * slope - 1e-14 * std::abs(before); };
+    const double before = both.objective(), slack = both.slack();
+    const auto armijo = [&](double gain, double t) { return gain >= 1e-4 * t * slope - slack; };
     if (!first_step(s, both, before, {1, 0.5, 0.25, 0.125, 0x1p-4, 0x1p-5, 0x1p-6, 0x1p-7, 0x1p-8, 0x1p-9}, armijo)) {
       sweep(s);
     }
@@ -224,10 +235,10 @@ SinkhornSolution solve_ssns(SinkhornState& s) {
     ++s.solution.newton;
     both.keep_mass(0.01 * both.gradient_norm());
     const double slope = both.direction(mu * both.gradient_norm(), 0, /*fix_last=*/true);
-    const double before = both.objective();
+    const double before = both.objective(), slack = both.slack();
     double rho = 0;
     const auto gains = [&](double gain, double t) {
-      rho = (gain + 1e-14 * std::abs(before)) / (slope * (t - 0.5 * t * t));
+      rho = (gain + slack) / (slope * (t - 0.5 * t * t));
       return rho > 0;
     };
     const bool moved = slope > 0 && first_step(s, both, before, {1, 0.5, 0.25, 0.1}, gains);

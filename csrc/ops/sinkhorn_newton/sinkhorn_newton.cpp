@@ -159,6 +159,7 @@ SinkhornResult sinkhorn_newton(const at::Tensor& C, const at::Tensor& a, const a
                                const SinkhornOptions& options, const std::optional<at::Tensor>& f0) {
   auto [value, plan, f, g, info] =
       call_sinkhorn_newton(C, a, b, options.eps(), options.tol(), options.max_iter(), options.mode(), f0);
+  if (const std::string text = sinkhorn_unconverged(kOp, info); !text.empty()) TORCH_WARN(text);
   return {value, plan, f, g, info};
 }
 

@@ -107,7 +107,8 @@ SinkhornTensors sinkhorn_tangents(const SinkhornTensors& out, const at::Tensor& 
   const at::Tensor weighted = plan * dC;
   auto [df, dg] = sinkhorn_hess_solve(plan, eps * da + weighted.sum(-1), eps * db + weighted.sum(-2));
   const at::Tensor d_plan = plan * (outer_sum(df, dg) - dC) / eps;
-  const at::Tensor shift = (paired_sum(a, df) + paired_sum(da, f) - paired_sum(b, dg) - paired_sum(db, g)) / (total(a) + total(b));
+  const at::Tensor shift =
+      (paired_sum(a, df) + paired_sum(da, f) - paired_sum(b, dg) - paired_sum(db, g)) / (total(a) + total(b));
   const at::Tensor d_value = weighted.sum({-2, -1}) + (paired_sum(f, da) + paired_sum(g, db)).squeeze(-1);
   return {d_value, d_plan, df - shift, dg + shift, at::Tensor()};
 }

@@ -84,7 +84,11 @@ TX_HD double value_of(LogSum total) { return shift_of(total.max) + logarithm(tot
 // Exponents of the plan (f_i + g_j - C_ij) / eps, in double whatever the storage of C: at C / eps = 1200 a float
 // difference would put 1e-4 into the marginals.
 TX_HD double row_exponent(double g, double cost, double inv_eps) { return (g - cost) * inv_eps; }
-TX_HD double plan_exponent(double f, double g, double cost, double inv_eps) { return (f + g - cost) * inv_eps; }
+// -infinity wherever a marginal is 0, whatever the cost says there.
+TX_HD double plan_exponent(double f, double g, double cost, double inv_eps) {
+  const double sum = f + g;
+  return sum > -HUGE_VAL ? (sum - cost) * inv_eps : sum;
+}
 
 // Entry (i, j) of a dense cost [n, m].
 template <typename S>

@@ -149,6 +149,35 @@ TX_CLONES void exponentials(double* __restrict x, int64_t count, double mass) {
   for (int64_t k = 0; k < count; ++k) x[k] = mass * exponential(x[k], kUnderflow);
 }
 
+template <typename Cost>
+TX_CLONES void apply_columns(const Cost& cost, int64_t n, const SinkhornPoint& at, const double* __restrict w,
+                             double* __restrict out, int64_t j, int64_t width) {
+  alignas(64) double x[kColumnTile] = {}, g[kColumnTile] = {};
+  alignas(64) double part[kColumnTile], total[kColumnTile] = {};
+  for (int64_t k = 0; k < width; ++k) g[k] = at.g[j + k];
+  for (int64_t begin = 0; begin < n; begin += kColumnSegment) {
+    const int64_t end = std::min(n, begin + kColumnSegment);
+    for (int64_t k = 0; k < kColumnTile; ++k) part[k] = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      fill(cost, i, j, width, x);
+      const double f = at.f[i], wi = w[i];
+      for (int64_t k = 0; k < kColumnTile; ++k) {
+        part[k] += exponential(plan_exponent(f, g[k], x[k], at.inv_eps), kUnderflow) * wi;
+      }
+    }
+    for (int64_t k = 0; k < kColumnTile; ++k) total[k] += part[k];
+  }
+  for (int64_t k = 0; k < width; ++k) out[j + k] = total[k];
+}
+
+TX_CLONES double weighted_sum(const double* __restrict p, const double* __restrict w, int64_t count) {
+  return core::sum_segment(count, [&](int64_t k) { return p[k] * w[k]; });
+}
+
+TX_CLONES double displaced_sum(const double* __restrict p, double x, const double* __restrict y, int64_t count) {
+  return core::sum_segment(count, [&](int64_t k) { return p[k] * (x - y[k]); });
+}
+
 TX_CLONES void narrow(const double* __restrict x, int64_t count, float* __restrict out) {
   for (int64_t k = 0; k < count; ++k) out[k] = static_cast<float>(x[k]);
 }
@@ -165,6 +194,31 @@ void sinkhorn_columns_cpu(const SinkhornCost& cost, const double* f, double inv_
   with_cost(cost, [&](const auto& entries) {
     for (int64_t j = begin; j < end; j += kColumnTile) {
       columns(entries, cost.n, f, inv_eps, out, j, std::min(kColumnTile, end - j));
+    }
+  });
+}
+
+void sinkhorn_apply_rows_cpu(const SinkhornCost& cost, const SinkhornPoint& at, const double* w, double* out,
+                             int64_t begin, int64_t end) {
+  alignas(64) double p[kRowSegment];
+  with_cost(cost, [&](const auto& entries) {
+    for (int64_t i = begin; i < end; ++i) {
+      out[i] = 0;
+      for (int64_t j = 0; j < cost.m; j += kRowSegment) {
+        const int64_t count = std::min(kRowSegment, cost.m - j);
+        exponents(entries, i, j, count, at, p);
+        exponentials(p, count, 1.0);
+        out[i] += weighted_sum(p, w + j, count);
+      }
+    }
+  });
+}
+
+void sinkhorn_apply_columns_cpu(const SinkhornCost& cost, const SinkhornPoint& at, const double* w, double* out,
+                                int64_t begin, int64_t end) {
+  with_cost(cost, [&](const auto& entries) {
+    for (int64_t j = begin; j < end; j += kColumnTile) {
+      apply_columns(entries, cost.n, at, w, out, j, std::min(kColumnTile, end - j));
     }
   });
 }
@@ -238,7 +292,7 @@ void sinkhorn_displacement_cpu(const SinkhornCost& cost, const SinkhornPoint& at
       for (int64_t axis = 0; axis < cost.d; ++axis) {
         const double xi = cost.x[i * cost.d + axis];
         const double* y = cost.y_t + axis * cost.m + j;
-        out[i * cost.d + axis] += core::sum_segment(count, [&](int64_t k) { return p[k] * (xi - y[k]); });
+        out[i * cost.d + axis] += displaced_sum(p, xi, y, count);
       }
     }
   }

@@ -87,6 +87,48 @@ __global__ void column_merge_kernel(int64_t segments, int64_t m, const double* s
 }
 
 template <typename Cost>
+__global__ void apply_rows_kernel(const Cost cost, int64_t n, int64_t m, const SinkhornPoint at, const double* w,
+                                  double* out) {
+  const int64_t i = row_of_warp();
+  if (i >= n) return;
+  double total = 0;
+  for (int64_t begin = 0; begin < m; begin += kRowSegment) {
+    const int64_t end = begin + kRowSegment < m ? begin + kRowSegment : m;
+    double sum = 0;
+    for (int64_t j = begin + lane_of_thread(); j < end; j += core::kLanes) {
+      sum += exponential(plan_exponent(at.f[i], at.g[j], cost.at(i, j), at.inv_eps), kUnderflow) * w[j];
+    }
+    total += warp_sum(sum);
+  }
+  if (lane_of_thread() == 0) out[i] = total;
+}
+
+template <typename Cost>
+__global__ void apply_column_segments_kernel(const Cost cost, int64_t n, int64_t m, const SinkhornPoint at,
+                                             const double* w, double* scratch) {
+  const int64_t j = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (j >= m) return;
+  const int64_t segments = (n + kColumnSegment - 1) / kColumnSegment;
+  for (int64_t segment = blockIdx.y; segment < segments; segment += gridDim.y) {
+    const int64_t begin = segment * kColumnSegment;
+    const int64_t end = begin + kColumnSegment < n ? begin + kColumnSegment : n;
+    double sum = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      sum += exponential(plan_exponent(at.f[i], at.g[j], cost.at(i, j), at.inv_eps), kUnderflow) * w[i];
+    }
+    scratch[segment * m + j] = sum;
+  }
+}
+
+__global__ void add_segments_kernel(int64_t segments, int64_t m, const double* scratch, double* out) {
+  const int64_t j = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (j >= m) return;
+  double total = 0;
+  for (int64_t segment = 0; segment < segments; ++segment) total += scratch[segment * m + j];
+  out[j] = total;
+}
+
+template <typename Cost>
 __global__ void range_kernel(const Cost cost, int64_t n, int64_t m, double* out) {
   const int64_t i = row_of_warp();
   if (i >= n) return;
@@ -177,6 +219,11 @@ void with_cost(const SinkhornCost& cost, const Body& body) {
 unsigned blocks_of(int64_t items, int64_t per_block) {
   return static_cast<unsigned>((items + per_block - 1) / per_block);
 }
+constexpr int kColumnThreads = 128;
+dim3 segment_grid(const SinkhornCost& cost) {
+  const int64_t segments = (cost.n + kColumnSegment - 1) / kColumnSegment;
+  return {blocks_of(cost.m, kColumnThreads), static_cast<unsigned>(segments < 65535 ? segments : 65535)};
+}
 unsigned row_blocks(const SinkhornCost& cost) { return blocks_of(cost.n, kRowsPerBlock); }
 cudaStream_t on(void* stream) { return static_cast<cudaStream_t>(stream); }
 
@@ -191,16 +238,34 @@ void sinkhorn_rows_cuda(const SinkhornCost& cost, const double* g, double inv_ep
 
 void sinkhorn_columns_cuda(const SinkhornCost& cost, const double* f, double inv_eps, double* scratch, double* out,
                            void* stream) {
-  constexpr int kThreads = 128;
-  const int64_t segments = (cost.n + kColumnSegment - 1) / kColumnSegment;
-  const unsigned blocks = blocks_of(cost.m, kThreads);
-  const dim3 grid(blocks, static_cast<unsigned>(segments < 65535 ? segments : 65535));
+  const dim3 grid = segment_grid(cost);
   with_cost(cost, [&](const auto& entries) {
-    column_segments_kernel<<<grid, kThreads, 0, on(stream)>>>(entries, cost.n, cost.m, f, inv_eps, scratch);
+    column_segments_kernel<<<grid, kColumnThreads, 0, on(stream)>>>(entries, cost.n, cost.m, f, inv_eps, scratch);
   });
   core::check_launch("sinkhorn_columns");
-  column_merge_kernel<<<blocks, kThreads, 0, on(stream)>>>(segments, cost.m, scratch, out);
+  const int64_t segments = (cost.n + kColumnSegment - 1) / kColumnSegment;
+  column_merge_kernel<<<grid.x, kColumnThreads, 0, on(stream)>>>(segments, cost.m, scratch, out);
   core::check_launch("sinkhorn_columns");
+}
+
+void sinkhorn_apply_rows_cuda(const SinkhornCost& cost, const SinkhornPoint& at, const double* w, double* out,
+                              void* stream) {
+  with_cost(cost, [&](const auto& entries) {
+    apply_rows_kernel<<<row_blocks(cost), core::kThreads, 0, on(stream)>>>(entries, cost.n, cost.m, at, w, out);
+  });
+  core::check_launch("sinkhorn_apply_rows");
+}
+
+void sinkhorn_apply_columns_cuda(const SinkhornCost& cost, const SinkhornPoint& at, const double* w, double* scratch,
+                                 double* out, void* stream) {
+  const dim3 grid = segment_grid(cost);
+  with_cost(cost, [&](const auto& entries) {
+    apply_column_segments_kernel<<<grid, kColumnThreads, 0, on(stream)>>>(entries, cost.n, cost.m, at, w, scratch);
+  });
+  core::check_launch("sinkhorn_apply_columns");
+  const int64_t segments = (cost.n + kColumnSegment - 1) / kColumnSegment;
+  add_segments_kernel<<<grid.x, kColumnThreads, 0, on(stream)>>>(segments, cost.m, scratch, out);
+  core::check_launch("sinkhorn_apply_columns");
 }
 
 void sinkhorn_range_cuda(const SinkhornCost& cost, double* per_row, void* stream) {

@@ -53,6 +53,11 @@ void sinkhorn_columns_cpu(const SinkhornCost& cost, const double* f, double inv_
                           int64_t end);
 // Of dense costs.
 CostRange sinkhorn_range_cpu(const SinkhornCost& cost, int64_t begin, int64_t end);
+// sum_j P_ij w_j for rows [begin, end), and sum_i P_ij w_i for columns.
+void sinkhorn_apply_rows_cpu(const SinkhornCost& cost, const SinkhornPoint& at, const double* w, double* out,
+                             int64_t begin, int64_t end);
+void sinkhorn_apply_columns_cpu(const SinkhornCost& cost, const SinkhornPoint& at, const double* w, double* out,
+                                int64_t begin, int64_t end);
 // Appends the entries of rows [begin, end) with exponent > min(log_row_i, log_column_j); count[i] of them per row.
 void sinkhorn_compact_cpu(const SinkhornCost& cost, const SinkhornPoint& at, const double* log_row,
                           const double* log_column, int64_t begin, int64_t end, std::vector<int32_t>& column,
@@ -68,6 +73,10 @@ void sinkhorn_displacement_cpu(const SinkhornCost& cost, const SinkhornPoint& at
 void sinkhorn_rows_cuda(const SinkhornCost& cost, const double* g, double inv_eps, double* out, void* stream);
 void sinkhorn_columns_cuda(const SinkhornCost& cost, const double* f, double inv_eps, double* scratch, double* out,
                            void* stream);
+void sinkhorn_apply_rows_cuda(const SinkhornCost& cost, const SinkhornPoint& at, const double* w, double* out,
+                              void* stream);
+void sinkhorn_apply_columns_cuda(const SinkhornCost& cost, const SinkhornPoint& at, const double* w, double* scratch,
+                                 double* out, void* stream);
 void sinkhorn_range_cuda(const SinkhornCost& cost, double* per_row /* [n, 3]: min, max, invalid */, void* stream);
 void sinkhorn_count_cuda(const SinkhornCost& cost, const SinkhornPoint& at, const double* log_row,
                          const double* log_column, int64_t* count, void* stream);

@@ -5,6 +5,7 @@
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <numeric>
 #include <vector>
@@ -39,27 +40,39 @@ class CpuPasses final : public kernels::SinkhornPasses {
   }
 
   void columns(const double* f, double inv_eps, double* out) override {
-    const int64_t tiles = (cost_.m + kernels::kColumnTile - 1) / kernels::kColumnTile;
-    at::parallel_for(0, tiles, grain(cost_.n * kernels::kColumnTile), [&](int64_t begin, int64_t end) {
-      kernels::sinkhorn_columns_cpu(cost_, f, inv_eps, out, begin * kernels::kColumnTile,
-                                    std::min(cost_.m, end * kernels::kColumnTile));
-    });
+    for_tiles([&](int64_t begin, int64_t end) { kernels::sinkhorn_columns_cpu(cost_, f, inv_eps, out, begin, end); });
   }
 
-  void compact(const SinkhornPoint& at, const double* log_row, const double* log_column, SparsePlan& plan) override {
+  void apply_rows(const SinkhornPoint& at, const double* w, double* out) override {
+    for_rows(cost_,
+             [&](int64_t begin, int64_t end) { kernels::sinkhorn_apply_rows_cpu(cost_, at, w, out, begin, end); });
+  }
+
+  void apply_columns(const SinkhornPoint& at, const double* w, double* out) override {
+    for_tiles([&](int64_t begin, int64_t end) { kernels::sinkhorn_apply_columns_cpu(cost_, at, w, out, begin, end); });
+  }
+
+  bool compact(const SinkhornPoint& at, const double* log_row, const double* log_column, int64_t limit,
+               SparsePlan& plan) override {
     const int64_t per_block = grain(cost_.m);
     const int64_t blocks = (cost_.n + per_block - 1) / per_block;
     parts_.resize(static_cast<size_t>(blocks));
     std::vector<int64_t> count(static_cast<size_t>(cost_.n));
+    std::atomic<int64_t> total{0};
     at::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
-      for (int64_t b = first; b < last; ++b) {
+      for (int64_t b = first; b < last && total <= limit; ++b) {
         SparsePlan& part = parts_[static_cast<size_t>(b)];
         part.column.clear();
         part.value.clear();
         kernels::sinkhorn_compact_cpu(cost_, at, log_row, log_column, b * per_block,
                                       std::min(cost_.n, (b + 1) * per_block), part.column, part.value, count.data());
+        total += static_cast<int64_t>(part.value.size());
       }
     });
+    if (total > limit) {
+      parts_.clear();  // gives the memory back
+      return false;
+    }
     plan.start.assign(1, 0);
     for (const int64_t c : count) plan.start.push_back(plan.start.back() + c);
     plan.column.clear();
@@ -68,9 +81,18 @@ class CpuPasses final : public kernels::SinkhornPasses {
       plan.column.insert(plan.column.end(), part.column.begin(), part.column.end());
       plan.value.insert(plan.value.end(), part.value.begin(), part.value.end());
     }
+    return true;
   }
 
  private:
+  // Whole tiles of columns.
+  template <typename Body>
+  void for_tiles(const Body& body) const {
+    constexpr int64_t kTile = kernels::kColumnTile;
+    at::parallel_for(0, (cost_.m + kTile - 1) / kTile, grain(cost_.n * kTile),
+                     [&](int64_t begin, int64_t end) { body(begin * kTile, std::min(cost_.m, end * kTile)); });
+  }
+
   SinkhornCost cost_;
   std::vector<SparsePlan> parts_;
 };
@@ -105,7 +127,25 @@ class CudaPasses final : public kernels::SinkhornPasses {
     host(out, cost_.m).copy_(column_);
   }
 
-  void compact(const SinkhornPoint& at, const double* log_row, const double* log_column, SparsePlan& plan) override {
+  void apply_rows(const SinkhornPoint& at, const double* w, double* out) override {
+    const SinkhornPoint there = upload(at);
+    column_.copy_(host(w, cost_.m));
+    kernels::sinkhorn_apply_rows_cuda(cost_, there, column_.const_data_ptr<double>(), row_.mutable_data_ptr<double>(),
+                                      stream());
+    host(out, cost_.n).copy_(row_);
+  }
+
+  void apply_columns(const SinkhornPoint& at, const double* w, double* out) override {
+    const SinkhornPoint there = upload(at);
+    row_.copy_(host(w, cost_.n));
+    kernels::sinkhorn_apply_columns_cuda(cost_, there, row_.const_data_ptr<double>(),
+                                         scratch_.mutable_data_ptr<double>(), column_.mutable_data_ptr<double>(),
+                                         stream());
+    host(out, cost_.m).copy_(column_);
+  }
+
+  bool compact(const SinkhornPoint& at, const double* log_row, const double* log_column, int64_t limit,
+               SparsePlan& plan) override {
     const SinkhornPoint there = upload(at);
     row_.copy_(host(log_row, cost_.n));
     column_.copy_(host(log_column, cost_.m));
@@ -117,8 +157,9 @@ class CudaPasses final : public kernels::SinkhornPasses {
     host(plan.start.data() + 1, cost_.n, at::kLong).copy_(count.narrow(0, 0, cost_.n));
     plan.start[0] = 0;
     std::partial_sum(plan.start.begin(), plan.start.end(), plan.start.begin());
-    count.copy_(host(plan.start.data(), cost_.n + 1, at::kLong));
     const int64_t total = plan.start.back();
+    if (total > limit) return false;
+    count.copy_(host(plan.start.data(), cost_.n + 1, at::kLong));
     at::Tensor index = at::empty({total}, f_.options().dtype(at::kInt)), value = doubles(total);
     kernels::sinkhorn_fill_cuda(cost_, there, rows, columns, count.const_data_ptr<int64_t>(),
                                 index.mutable_data_ptr<int32_t>(), value.mutable_data_ptr<double>(), stream());
@@ -126,6 +167,7 @@ class CudaPasses final : public kernels::SinkhornPasses {
     plan.value.resize(static_cast<size_t>(total));
     host(plan.column.data(), total, at::kInt).copy_(index);
     host(plan.value.data(), total).copy_(value);
+    return true;
   }
 
   SinkhornPoint upload(const SinkhornPoint& at) {

@@ -248,7 +248,9 @@ TensorPair call_displacement(const at::Tensor& x, const at::Tensor& y, const at:
 
 PointTensors sinkhorn_points(const at::Tensor& x, const at::Tensor& y, const at::Tensor& a, const at::Tensor& b,
                              const SinkhornOptions& options, const std::optional<at::Tensor>& f0) {
-  return call_sinkhorn_points(x, y, a, b, options.eps(), options.tol(), options.max_iter(), options.mode(), f0);
+  auto out = call_sinkhorn_points(x, y, a, b, options.eps(), options.tol(), options.max_iter(), options.mode(), f0);
+  if (const std::string text = sinkhorn_unconverged(kOp, std::get<3>(out)); !text.empty()) TORCH_WARN(text);
+  return out;
 }
 
 TORCH_LIBRARY_FRAGMENT(torch_ext, m) {

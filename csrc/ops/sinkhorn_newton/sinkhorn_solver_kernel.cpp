@@ -21,7 +21,8 @@ SinkhornState::SinkhornState(const SinkhornProblem& of, SinkhornPasses& with)
       log_b(static_cast<size_t>(of.m)),
       row_sum(log_a.size()),
       residual(log_a.size()),
-      log_sum_(std::max(log_a.size(), log_b.size())) {
+      row_log_sum_(log_a.size()),
+      column_log_sum_(log_b.size()) {
   for (size_t i = 0; i < log_a.size(); ++i) log_a[i] = logarithm(of.a[i]);
   for (size_t j = 0; j < log_b.size(); ++j) log_b[j] = logarithm(of.b[j]);
   solution.f.assign(log_a.size(), 0.0);
@@ -37,21 +38,21 @@ SinkhornState::SinkhornState(const SinkhornProblem& of, SinkhornPasses& with)
 void SinkhornState::set_eps(double value) { eps = value; }
 
 void SinkhornState::update_g() {
-  passes.columns(solution.f.data(), 1 / eps, log_sum_.data());
+  passes.columns(solution.f.data(), 1 / eps, column_log_sum_.data());
   ++solution.passes;
   for (size_t j = 0; j < solution.g.size(); ++j) {
-    if (!(log_sum_[j] > -HUGE_VAL)) throw InfeasibleSupport(false, static_cast<int64_t>(j));
-    solution.g[j] = eps * (log_b[j] - log_sum_[j]);
+    if (!(column_log_sum_[j] > -HUGE_VAL)) throw InfeasibleSupport(false, static_cast<int64_t>(j));
+    solution.g[j] = eps * (log_b[j] - column_log_sum_[j]);
   }
 }
 
 double SinkhornState::plan_mass() {
-  passes.rows(solution.g.data(), 1 / eps, log_sum_.data());
+  passes.rows(solution.g.data(), 1 / eps, row_log_sum_.data());
   ++solution.passes;
   double total = 0;
   for (size_t i = 0; i < row_sum.size(); ++i) {
-    if (!(log_sum_[i] > -HUGE_VAL)) throw InfeasibleSupport(true, static_cast<int64_t>(i));
-    row_sum[i] = exponential(solution.f[i] / eps + log_sum_[i], kUnderflow);
+    if (!(row_log_sum_[i] > -HUGE_VAL)) throw InfeasibleSupport(true, static_cast<int64_t>(i));
+    row_sum[i] = exponential(solution.f[i] / eps + row_log_sum_[i], kUnderflow);
     total += row_sum[i];
   }
   return total;
@@ -70,34 +71,53 @@ double SinkhornState::measure_rows() {
 }
 
 void SinkhornState::update_f() {
-  for (size_t i = 0; i < solution.f.size(); ++i) solution.f[i] = eps * (log_a[i] - log_sum_[i]);
+  for (size_t i = 0; i < solution.f.size(); ++i) solution.f[i] = eps * (log_a[i] - row_log_sum_[i]);
 }
 
-double SinkhornState::dual() const {
-  double total = 0;
-  for (size_t i = 0; i < solution.f.size(); ++i) total += problem.a[i] * solution.f[i];
-  for (size_t j = 0; j < solution.g.size(); ++j) total += problem.b[j] * solution.g[j];
+void SinkhornState::times_plan(const Vector& w, Vector& out) {
+  passes.apply_rows(point(), w.data(), out.data());
+  ++solution.passes;
+}
+
+void SinkhornState::times_plan_transposed(const Vector& w, Vector& out) {
+  passes.apply_columns(point(), w.data(), out.data());
+  ++solution.passes;
+}
+
+double SinkhornState::dual(double* magnitude) const {
+  double total = 0, size = 0;
+  const auto add = [&](double term) {
+    total += term;
+    size += std::abs(term);
+  };
+  for (size_t i = 0; i < solution.f.size(); ++i) add(problem.a[i] * solution.f[i]);
+  for (size_t j = 0; j < solution.g.size(); ++j) add(problem.b[j] * solution.g[j]);
+  if (magnitude != nullptr) *magnitude = size;
   return total;
 }
 
 namespace {
 
-constexpr double kAnnealFactor = 0.25;
+constexpr double kAnnealFactor = 0.125;
 constexpr double kAnnealTolerance = 5e-2;
 constexpr int64_t kAnnealSteps = 10;
 constexpr double kWarmError = 0.5;  // a start this good needs no annealing
 constexpr double kFarRow = 0.5;     // p_i / a_i below this, or above 1 / this, asks for a Sinkhorn update first
 constexpr int64_t kCgCap = 300;
+// Kept entries beyond which the plan is applied entry by entry instead: at such a large eps a few iterations do, and a
+// pass costs no more than a product with so many stored entries, whose memory would exceed the cost's.
+constexpr int64_t kMaxKept = int64_t{1} << 22;
 constexpr double kCholeskyWork = 4e9;
 
 class SemiDual {
  public:
   explicit SemiDual(SinkhornState& state) : s_(state) {}
 
-  // Newton steps at one eps until the error is at most tol. g must be g(f).
+  // Newton steps at one eps until the error is at most tol. g must be g(f), and its rows measured.
   bool solve(double tol, int64_t max_steps) {
     for (int64_t step = 0;; ++step) {
-      if (s_.measure_rows() <= tol) return true;
+      if (step > 0) s_.measure_rows();
+      if (s_.solution.error <= tol) return true;
       if (step == max_steps || !std::isfinite(s_.solution.error)) return false;
       if (some_row_is_far()) {  // Newton from rows with p_i << a_i diverges
         s_.update_f();
@@ -126,7 +146,7 @@ class SemiDual {
   }
 
   // Entries above delta min(a_i / m, b_j / n): at most delta a_i of a row and delta b_j of a column are dropped.
-  void sparsify(double delta) {
+  bool sparsify(double delta) {
     const double log_n = logarithm(static_cast<double>(s_.problem.n)),
                  log_m = logarithm(static_cast<double>(s_.problem.m));
     const double log_delta = logarithm(delta);
@@ -134,29 +154,46 @@ class SemiDual {
     log_column_.resize(s_.log_b.size());
     for (size_t i = 0; i < log_row_.size(); ++i) log_row_[i] = log_delta + s_.log_a[i] - log_m;
     for (size_t j = 0; j < log_column_.size(); ++j) log_column_[j] = log_delta + s_.log_b[j] - log_n;
-    s_.passes.compact(s_.point(), log_row_.data(), log_column_.data(), plan_);
+    return s_.passes.compact(s_.point(), log_row_.data(), log_column_.data(), kMaxKept, plan_);
+  }
+
+  // Solves (diag(p)(1 + shift) - S diag(1/b) S^T) dx = r on the kept entries. Where conjugate gradients have hit their
+  // cap once, later steps, which are harder, go to the factorisation at once.
+  void solve_sparse(const Vector& diagonal, const Vector& weight, double tolerance, Vector& dx) {
+    const NormalSystem system{&plan_, diagonal.data(), weight.data(), s_.problem.n, s_.problem.m};
+    const auto iterate = [&] {
+      return conjugate_gradients(linear_map(system), jacobi(system), s_.residual.data(), tolerance, kCgCap, dx.data())
+          .converged;
+    };
+    if (!direct_) direct_ = !iterate();
+    if (!direct_ || sparse_cholesky_solve(system, s_.residual.data(), kCholeskyWork, dx.data())) return;
+    direct_ = false;
+    iterate();
+  }
+
+  void solve_full(const Vector& diagonal, const Vector& weight, double tolerance, Vector& dx) {
+    Vector by_column(weight.size()), inverse(diagonal.size());
+    for (size_t i = 0; i < inverse.size(); ++i) inverse[i] = 1 / diagonal[i];
+    const LinearMap apply = [&](const Vector& x, Vector& out) {
+      s_.times_plan_transposed(x, by_column);
+      for (size_t j = 0; j < by_column.size(); ++j) by_column[j] *= weight[j];
+      s_.times_plan(by_column, out);
+      for (size_t i = 0; i < out.size(); ++i) out[i] = diagonal[i] * x[i] - out[i];
+    };
+    conjugate_gradients(apply, inverse, s_.residual.data(), tolerance, kCgCap, dx.data());
   }
 
   Vector direction() {
     const double error = s_.solution.error;
-    sparsify(std::min(0.1, error));
     const double shift = std::min(1e-2, 0.1 * error) + 1e-13;
     Vector diagonal(s_.row_sum), weight(s_.log_b.size()), dx(diagonal.size());
     for (double& d : diagonal) d *= 1 + shift;
     for (size_t j = 0; j < weight.size(); ++j) weight[j] = 1 / s_.problem.b[j];
-    const NormalSystem system{&plan_, diagonal.data(), weight.data(), s_.problem.n, s_.problem.m};
     const double tolerance = std::clamp(error, 1e-10, 0.1);
-    // Where conjugate gradients have hit their cap once, later steps, which are harder, go to the factorisation at
-    // once.
-    bool solved = false;
-    if (!direct_) {
-      const SolveReport report = conjugate_gradients(system, s_.residual.data(), tolerance, kCgCap, dx.data());
-      solved = report.converged;
-      direct_ = !solved;
-    }
-    if (!solved && !sparse_cholesky_solve(system, s_.residual.data(), kCholeskyWork, dx.data())) {
-      direct_ = false;
-      conjugate_gradients(system, s_.residual.data(), tolerance, kCgCap, dx.data());
+    if (sparsify(std::min(0.1, error))) {
+      solve_sparse(diagonal, weight, tolerance, dx);
+    } else {
+      solve_full(diagonal, weight, tolerance, dx);
     }
     double mean = 0;
     for (size_t i = 0; i < dx.size(); ++i) mean += s_.problem.a[i] * dx[i];
@@ -169,14 +206,15 @@ class SemiDual {
 
   bool line_search(const Vector& df) {
     const Vector f = s_.solution.f, g = s_.solution.g;
-    const double before = s_.dual();
+    double magnitude = 0;  // of the addends, whose rounding hides the gain of the last steps
+    const double before = s_.dual(&magnitude);
     double slope = 0;
     for (size_t i = 0; i < df.size(); ++i) slope += s_.residual[i] * df[i];
     if (!std::isfinite(slope)) return false;
     for (double t = 1; t > 1e-3; t *= 0.5) {
       for (size_t i = 0; i < f.size(); ++i) s_.solution.f[i] = f[i] + t * df[i];
       s_.update_g();
-      if (s_.dual() >= before + 1e-4 * t * slope - 1e-14 * std::abs(before)) return true;
+      if (s_.dual() >= before + 1e-4 * t * slope - 1e-14 * magnitude) return true;
     }
     s_.solution.f = f;
     s_.solution.g = g;
@@ -202,10 +240,12 @@ void solve_auto(SinkhornState& s) {
     for (double e = s.problem.cost_range * kAnnealFactor; e > eps; e = std::max(eps, e * kAnnealFactor)) {
       s.set_eps(e);
       s.update_g();
+      s.measure_rows();
       method.solve(kAnnealTolerance, kAnnealSteps);
     }
     s.set_eps(eps);
     s.update_g();
+    s.measure_rows();
   }
   s.solution.converged = method.solve(tol, s.problem.max_iter);
 }

@@ -20,8 +20,11 @@ class SinkhornPasses {
   virtual ~SinkhornPasses() = default;
   virtual void rows(const double* g, double inv_eps, double* out) = 0;     // log sum_j exp((g_j - c_ij) / eps)
   virtual void columns(const double* f, double inv_eps, double* out) = 0;  // log sum_i exp((f_i - c_ij) / eps)
-  // Entries whose exponent exceeds min(log_row_i, log_column_j).
-  virtual void compact(const SinkhornPoint& at, const double* log_row, const double* log_column, SparsePlan& plan) = 0;
+  virtual void apply_rows(const SinkhornPoint& at, const double* w, double* out) = 0;     // sum_j P_ij w_j
+  virtual void apply_columns(const SinkhornPoint& at, const double* w, double* out) = 0;  // sum_i P_ij w_i
+  // Entries whose exponent exceeds min(log_row_i, log_column_j). False, with no plan, if they are more than `limit`.
+  virtual bool compact(const SinkhornPoint& at, const double* log_row, const double* log_column, int64_t limit,
+                       SparsePlan& plan) = 0;
 };
 
 enum class SinkhornMode : uint8_t { kAuto, kSNS, kSSNS, kSinkhorn };
@@ -63,11 +66,14 @@ class SinkhornState {
   SinkhornState(const SinkhornProblem& problem, SinkhornPasses& passes);
 
   void set_eps(double eps);
-  void update_g();        // g = g(f): columns become exact
-  void update_f();        // f = f(g), from the last measure_rows()
-  double measure_rows();  // p and r = a - p at (f, g); returns |r|_1
-  double plan_mass();     // sum of the plan at (f, g), by a pass over the rows
-  double dual() const;    // a.f + b.g
+  void update_g();                                 // g = g(f): columns become exact
+  void update_f();                                 // f = f(g), from the last measure_rows()
+  double measure_rows();                           // p and r = a - p at (f, g); returns |r|_1
+  double plan_mass();                              // sum of the plan at (f, g), by a pass over the rows
+  double dual(double* magnitude = nullptr) const;  // a.f + b.g; sum of |addends|
+  // out = P w and P^T w at (f, g), by counted passes.
+  void times_plan(const Vector& w, Vector& out);
+  void times_plan_transposed(const Vector& w, Vector& out);
   SinkhornPoint point() const { return {solution.f.data(), solution.g.data(), 1 / eps}; }
 
   const SinkhornProblem& problem;
@@ -77,7 +83,7 @@ class SinkhornState {
   Vector log_a, log_b, row_sum, residual;
 
  private:
-  Vector log_sum_;
+  Vector row_log_sum_, column_log_sum_;
 };
 
 SinkhornSolution solve_sns(SinkhornState& state);

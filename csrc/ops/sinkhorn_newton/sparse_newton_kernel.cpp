@@ -32,7 +32,8 @@ void apply(const NormalSystem& system, const std::vector<double>& x, std::vector
   }
 }
 
-// 1 / diagonal of A, which rounding and dropping may bring near 0.
+}  // namespace
+
 std::vector<double> jacobi(const NormalSystem& system) {
   const SparsePlan& plan = *system.plan;
   std::vector<double> inverse(static_cast<size_t>(system.n));
@@ -47,19 +48,22 @@ std::vector<double> jacobi(const NormalSystem& system) {
   return inverse;
 }
 
-}  // namespace
+LinearMap linear_map(const NormalSystem& system) {
+  return [system, by_column = std::vector<double>(static_cast<size_t>(system.m))](
+             const std::vector<double>& x, std::vector<double>& out) mutable { apply(system, x, by_column, out); };
+}
 
-SolveReport conjugate_gradients(const NormalSystem& system, const double* r, double tolerance, int64_t cap, double* x) {
-  const auto n = static_cast<size_t>(system.n);
-  const std::vector<double> inverse = jacobi(system);
-  std::vector<double> residual(r, r + n), z(n), p(n), q(n), by_column(static_cast<size_t>(system.m));
+SolveReport conjugate_gradients(const LinearMap& apply, const std::vector<double>& inverse, const double* r,
+                                double tolerance, int64_t cap, double* x) {
+  const size_t n = inverse.size();
+  std::vector<double> residual(r, r + n), z(n), p(n), q(n);
   std::fill(x, x + n, 0.0);
   for (size_t i = 0; i < n; ++i) p[i] = z[i] = inverse[i] * residual[i];
   const double goal = tolerance * std::sqrt(dot(residual, residual));
   double rz = dot(residual, z);
   for (int64_t iteration = 0; iteration < cap; ++iteration) {
     if (!(std::sqrt(dot(residual, residual)) > goal)) return {iteration, true};
-    apply(system, p, by_column, q);
+    apply(p, q);
     const double curvature = dot(p, q);
     if (!(curvature > 0)) return {iteration, false};
     const double alpha = rz / curvature;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "ops/sinkhorn_newton/sinkhorn_newton_kernel.h"
@@ -22,9 +23,17 @@ struct SolveReport {
   bool converged;
 };
 
-// Conjugate gradients with Jacobi's preconditioner from x = 0, until |A x - r| <= tolerance |r|; at most `cap`
+// out = A x.
+using LinearMap = std::function<void(const std::vector<double>& x, std::vector<double>& out)>;
+
+LinearMap linear_map(const NormalSystem& system);
+// 1 / diagonal of A, which rounding and dropping may bring near 0.
+std::vector<double> jacobi(const NormalSystem& system);
+
+// Conjugate gradients from x = 0 with a diagonal preconditioner, until |A x - r| <= tolerance |r|; at most `cap`
 // iterations. Stops at a direction of no curvature.
-SolveReport conjugate_gradients(const NormalSystem& system, const double* r, double tolerance, int64_t cap, double* x);
+SolveReport conjugate_gradients(const LinearMap& apply, const std::vector<double>& preconditioner, const double* r,
+                                double tolerance, int64_t cap, double* x);
 
 // Sparse Cholesky in minimum-degree order. False, leaving x alone, where a pivot is not positive or the factor would
 // cost more than `work` multiplications.

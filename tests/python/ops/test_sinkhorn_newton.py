@@ -200,7 +200,7 @@ def test_5_passes(name: str, make: Callable[[], tuple[Tensor, Tensor, Tensor]], 
 
 def test_5_sweeps_alone_do_not_get_there() -> None:
     cost, a, b = random_cost()
-    with pytest.warns(UserWarning, match="1 of 1 problems did not reach tol = 1e-10"):
+    with pytest.warns(UserWarning, match=r"1 of 1 problems did not reach tol \(largest marginal error"):
         result = ops.sinkhorn_newton(cost, a, b, 1 / 1200, tol=1e-10, mode="sinkhorn", max_iter=300)
     assert result.info[0] > 1e-5
     assert result.info[3] == 0
@@ -353,7 +353,7 @@ def test_a_support_without_a_plan_is_reported() -> None:
     inf = math.inf
     cost = torch.tensor([[0.0, inf], [0.0, inf], [1.0, 2.0]], dtype=F64)
     a, b = torch.tensor([0.4, 0.4, 0.2], dtype=F64), torch.tensor([0.5, 0.5], dtype=F64)
-    with pytest.warns(UserWarning, match=r"1 of 1 problems did not reach tol .* check that the finite costs"):
+    with pytest.warns(UserWarning, match=r"1 of 1 problems did not reach tol .*check that the finite costs"):
         result = ops.sinkhorn_newton(cost, a, b, 0.1)
     assert result.info[3] == 0
     assert result.info[0] > 0.1
@@ -484,33 +484,62 @@ def test_6_value_gradient_needs_no_solve(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not any("hess_solve" in event.key for event in profile.key_averages())
 
 
+def exact_gradient(plan: Tensor, eps: float, by_plan: Tensor) -> Tensor:
+    """grad_C of sum(plan * by_plan) in 40 digits: where the plan nearly falls apart into blocks, double does not do."""
+    import mpmath
+
+    n, m = plan.shape
+    with mpmath.workdps(40):
+        p = mpmath.matrix(plan.tolist())
+        weighted = mpmath.matrix(n, m)
+        for i, j in itertools.product(range(n), range(m)):
+            weighted[i, j] = p[i, j] * mpmath.mpf(float(by_plan[i, j])) / eps
+        system, rhs = mpmath.matrix(n + m - 1, n + m - 1), mpmath.matrix(n + m - 1, 1)  # beta_m = 0
+        for i in range(n):
+            system[i, i] = mpmath.fsum(p[i, j] for j in range(m))
+            rhs[i] = mpmath.fsum(weighted[i, j] for j in range(m))
+        for j in range(m - 1):
+            system[n + j, n + j] = mpmath.fsum(p[i, j] for i in range(n))
+            rhs[n + j] = mpmath.fsum(weighted[i, j] for i in range(n))
+            for i in range(n):
+                system[i, n + j] = system[n + j, i] = p[i, j]
+        z = mpmath.lu_solve(system, rhs)
+        beta = [z[n + j] for j in range(m - 1)] + [mpmath.mpf(0)]
+        rows = [[float(p[i, j] * (z[i] + beta[j]) - weighted[i, j]) for j in range(m)] for i in range(n)]
+    return torch.tensor(rows, dtype=F64)
+
+
 @pytest.mark.parametrize("eps", [0.05, 1 / 1200])
 def test_6_gradients_at_small_eps(eps: float) -> None:
-    """Where the plan nearly falls apart into blocks: still the dense pseudo-inverse's, in float32 too."""
-    cost, a, _ = random_cost(40)
-    by_plan = torch.randn(40, 40, dtype=F64)
-    for dtype, tol in ((F64, 1e-6), (torch.float32, 2e-3)):
+    cost, a, _ = random_cost(24)
+    by_plan = torch.randn(24, 24, generator=torch.Generator().manual_seed(0), dtype=F64)
+    for dtype, tol in ((F64, 1e-11), (torch.float32, 1e-4)):
         c = cost.to(dtype).requires_grad_()
         result = ops.sinkhorn_newton(c, a.to(dtype), a.to(dtype), eps, tol=1e-12)
         (grad,) = torch.autograd.grad(result.plan, c, by_plan.to(dtype))
-        exact = ops.sinkhorn_newton(cost.to(dtype).double(), a.to(dtype).double(), a.to(dtype).double(), eps, tol=1e-13)
-        zeros = torch.zeros(40, dtype=F64)
-        expected, _, _ = vjp(exact.plan, exact.f, exact.g, a, a, eps, by_plan.to(dtype).double(), zeros, zeros)
+        expected = exact_gradient(result.plan.detach().double(), eps, by_plan.to(dtype).double())
         assert float((grad.double() - expected).norm()) <= tol * float(expected.norm())
 
 
 def test_6_forward_mode() -> None:
+    """torch.func refuses autograd functions written in C++ by name; torch.autograd.forward_ad does not need it."""
+    fwd = torch.autograd.forward_ad
     cost, a, b = problem(6, 7)
     tangent = torch.randn_like(cost)
-    value, moved = torch.func.jvp(lambda c: ops.sinkhorn_newton(c, a, b, 0.05).value, (cost,), (tangent,))
-    plan = ops.sinkhorn_newton(cost, a, b, 0.05).plan
-    torch.testing.assert_close(moved, (plan * tangent).sum(), rtol=1e-12, atol=0)
+    with fwd.dual_level():
+        dual = ops.sinkhorn_newton(fwd.make_dual(cost, tangent), a, b, 0.05)
+        moved = fwd.unpack_dual(dual.value).tangent
+        assert moved is not None
+        torch.testing.assert_close(moved, (dual.plan * tangent).sum(), rtol=1e-12, atol=0)
     hessian = torch.autograd.functional.hvp(lambda c: ops.sinkhorn_newton(c, a, b, 0.05).value, cost, tangent)[1]
-    _, forward = torch.func.jvp(
-        torch.func.grad(lambda c: ops.sinkhorn_newton(c, a, b, 0.05).value), (cost,), (tangent,)
-    )
+    with fwd.dual_level():
+        dual_cost = fwd.make_dual(cost.clone().requires_grad_(), tangent)
+        (grad,) = torch.autograd.grad(ops.sinkhorn_newton(dual_cost, a, b, 0.05).value, dual_cost)
+        forward = fwd.unpack_dual(grad).tangent
+    assert forward is not None
     torch.testing.assert_close(forward, hessian, rtol=1e-9, atol=1e-12)
-    assert float(value) == float(ops.sinkhorn_newton(cost, a, b, 0.05).value)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda c: ops.sinkhorn_newton(c, a, b, 0.05).value)(cost)
 
 
 # --- the operator ----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 
 namespace torch_ext::ops {
 
@@ -63,8 +64,8 @@ struct SinkhornResult {
 //   f0    [..., n]  a start, such as f of the training step before; skips the larger eps if its error is below 0.5
 //
 // value, plan, f and g have the dtype of a; f and g are shifted so that a.f = b.g. A problem that has not converged is
-// reported in info and by a warning, never silently. Counted passes: every sweep over all n m entries but the
-// compaction of the sparse plan.
+// reported in info and by a warning. Counted passes: every sweep over all n m entries but the compaction of the sparse
+// plan.
 //
 // Differentiable any number of times, and in forward mode, with respect to C, a and b: dV = P.dC + f.da + g.db
 // (directions with sum da = sum db), and P, f and g by the implicit function theorem on the full plan. Where the
@@ -88,5 +89,9 @@ TORCH_EXT_API std::tuple<at::Tensor, at::Tensor> sinkhorn_hess_solve(const at::T
 TORCH_EXT_API std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> sinkhorn_points(
     const at::Tensor& x, const at::Tensor& y, const at::Tensor& a, const at::Tensor& b, const SinkhornOptions& options,
     const std::optional<at::Tensor>& f0 = std::nullopt);
+
+// What to say of the problems of `info` [..., 4] that did not converge; empty if all did or info holds no data (meta).
+// The functions above warn with it. The operator itself does not, so under torch.compile look at info.
+TORCH_EXT_API std::string sinkhorn_unconverged(const std::string& op, const at::Tensor& info);
 
 }  // namespace torch_ext::ops
