@@ -101,8 +101,10 @@ namespace {
 constexpr double kAnnealFactor = 0.125;
 constexpr double kAnnealTolerance = 5e-2;
 constexpr int64_t kAnnealSteps = 10;
-constexpr double kWarmError = 0.5;  // a start this good needs no annealing
-constexpr double kFarRow = 0.5;     // p_i / a_i below this, or above 1 / this, asks for a Sinkhorn update first
+constexpr double kWarmError = 0.5;   // a start this good needs no annealing
+constexpr double kFarRow = 0.5;      // p_i / a_i below this, or above 1 / this, asks for a Sinkhorn update first
+constexpr double kLongestStep = 10;  // in eps
+constexpr double kLinear = 0.95;     // gain over predicted gain of a step that may be extended
 constexpr int64_t kCgCap = 300;
 // Kept entries beyond which the plan is applied entry by entry instead: at such a large eps a few iterations do, and a
 // pass costs no more than a product with so many stored entries, whose memory would exceed the cost's.
@@ -199,9 +201,15 @@ class SemiDual {
     for (size_t i = 0; i < dx.size(); ++i) mean += s_.problem.a[i] * dx[i];
     double largest = 0;
     for (double& d : dx) largest = std::max(largest, std::abs(d -= mean));
-    const double scale = largest > 10 ? 10 / largest : 1.0;
+    clipped_ = largest > kLongestStep;
+    const double scale = clipped_ ? kLongestStep / largest : 1.0;
     for (double& d : dx) d *= scale * s_.eps;
     return dx;
+  }
+
+  void move(const Vector& f, double t, const Vector& df) {
+    for (size_t i = 0; i < f.size(); ++i) s_.solution.f[i] = f[i] + t * df[i];
+    s_.update_g();
   }
 
   bool line_search(const Vector& df) {
@@ -212,19 +220,37 @@ class SemiDual {
     for (size_t i = 0; i < df.size(); ++i) slope += s_.residual[i] * df[i];
     if (!std::isfinite(slope)) return false;
     for (double t = 1; t > 1e-3; t *= 0.5) {
-      for (size_t i = 0; i < f.size(); ++i) s_.solution.f[i] = f[i] + t * df[i];
-      s_.update_g();
-      if (s_.dual() >= before + 1e-4 * t * slope - 1e-14 * magnitude) return true;
+      move(f, t, df);
+      const double after = s_.dual();
+      if (after < before + 1e-4 * t * slope - 1e-14 * magnitude) continue;
+      if (t == 1 && clipped_ && after >= before + kLinear * slope) extend(f, df, slope, after);
+      return true;
     }
     s_.solution.f = f;
     s_.solution.g = g;
     return false;
   }
 
+  // At small eps the dual is nearly piecewise linear: blocks of the plan that hardly touch must travel many eps before
+  // the slope changes, so a step that was cut and is still on its linear piece is doubled while it pays.
+  void extend(const Vector& f, const Vector& df, double slope, double reached) {
+    for (double t = 2; t < 1e6; t *= 2) {
+      const Vector f_before = s_.solution.f, g_before = s_.solution.g;
+      move(f, t, df);
+      const double after = s_.dual();
+      if (!(after >= reached + 0.25 * t * slope)) {  // half the slope over the last half
+        s_.solution.f = f_before;
+        s_.solution.g = g_before;
+        return;
+      }
+      reached = after;
+    }
+  }
+
   SinkhornState& s_;
   SparsePlan plan_;
   Vector log_row_, log_column_;
-  bool direct_ = false;
+  bool direct_ = false, clipped_ = false;
 };
 
 void solve_auto(SinkhornState& s) {
