@@ -3,7 +3,8 @@
 PYTHONPATH=. python benchmarks/ops/bench_sinkhorn_newton.py [--json FILE] [--rounds 15]
 
 POT's ``sinkhorn_log`` does not reach the error in any reasonable time, so it is stopped after at least 20 times
-ours, measured in the same run, and the error it has then is printed. Errors are the L1 errors of both marginals, of the plan itself.
+ours, measured in the same run, and the error it has then is printed. Errors are the L1 errors of both marginals, of the
+plan itself.
 """
 
 from __future__ import annotations

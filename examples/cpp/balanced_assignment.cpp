@@ -1,11 +1,12 @@
 // Clusters the digits with and without balance: the loss of a training loop is a transport of rows to centres.
 //
-//   build/bin/balanced_assignment [--data FILE] [--clusters 10] [--steps 100] [--seed 0] [--quiet]
+//   build/bin/balanced_assignment [--data FILE] [--clusters 10] [--steps 100] [--spread 0.5] [--seed 0]
 //
 // Centres mu are learned by Adam on features scaled to [0, 1], with C_ik = |x_i - mu_k|^2 / 2.
 //   nearest    the mean of each row's smallest cost: k-means by gradient. Centres that start behind others never win a
 //              row, get no gradient and stay empty.
-//   balanced   V of ops::sinkhorn_newton with equal masses on both sides: every centre must take its share. The gradient
+//   balanced   V of ops::sinkhorn_newton with equal masses on both sides: every centre must take its share. The
+//   gradient
 //              with respect to C is the plan, and f of the step before is the start of the next solve.
 //
 // The table: rows of the smallest and the largest cluster (of the row's likeliest centre), purity (share of rows whose
@@ -35,6 +36,7 @@ struct Arguments {
   std::string data = "examples/data/digits.csv";
   int64_t clusters = 10;
   int steps = 100;
+  double spread = 0.5;
   uint64_t seed = 0;
   bool quiet = false;
 };
@@ -75,7 +77,7 @@ class Assignment {
 
 Result train(const torch::Tensor& x, const Arguments& args, bool balanced) {
   torch::manual_seed(args.seed);
-  auto centres = (x.mean(0) + 0.1 * torch::randn({args.clusters, x.size(1)})).set_requires_grad(true);
+  auto centres = (x.mean(0) + args.spread * torch::randn({args.clusters, x.size(1)})).set_requires_grad(true);
   torch::optim::Adam optimizer({centres}, torch::optim::AdamOptions(0.02));
   Assignment assignment(balanced);
   Result result;
@@ -130,6 +132,9 @@ int main(int argc, char** argv) {
   app.add_option("--data", args.data, "CSV file, the last column a label")->capture_default_str();
   app.add_option("--clusters", args.clusters)->check(CLI::Range(2, 1000))->capture_default_str();
   app.add_option("--steps", args.steps)->check(CLI::Range(1, 1000000))->capture_default_str();
+  app.add_option("--spread", args.spread, "of the centres at the start")
+      ->check(CLI::Range(0.0, 10.0))
+      ->capture_default_str();
   app.add_option("--seed", args.seed)->capture_default_str();
   app.add_flag("--quiet", args.quiet, "no progress");
   CLI11_PARSE(app, argc, argv);

@@ -128,13 +128,18 @@ def main() -> None:
     for name, report, (before, after) in (("china to flower", info, there), ("flower to china", info_back, back)):
         cells = [f"{float(before):.5f}", f"{float(after):.5f}"]
         rows.append([name, *cells, f"{int(report[1])}", f"{int(report[2])}", f"{float(report[0]):.1e}"])
-    rows.append(["digit 3 to digit 8", f"{losses[0]:.5f}", f"{losses[-1]:.5f}", "-", "-", "-"])
+    rows.append(["digit 3 to digit 8", f"{losses[0]:.5f}", f"{losses[-1]:.1e}", "-", "-", "-"])
     print_table(rows)
 
     chosen = sorted({round(arguments.steps * share) for share in (0, 0.05, 0.15, 0.35, 1)})
     draw(
-        [("china", first), ("flower", second), ("china in flower's colours", forward), ("flower in china's colours", backward)],
-        [(f"step {k}: {losses[k]:.4f}", clouds[k]) for k in chosen],
+        [
+            ("china", first),
+            ("flower", second),
+            ("china in flower's colours", forward),
+            ("flower in china's colours", backward),
+        ],
+        [(f"step {k}: {losses[k]:.1e}", clouds[k]) for k in chosen],
         target,
         arguments.output,
     )

@@ -20,7 +20,7 @@ class SinkhornResult(NamedTuple):
 
 
 def sinkhorn_newton(
-    C: Tensor,  # noqa: N803
+    C: Tensor,
     a: Tensor,
     b: Tensor,
     eps: float,

@@ -136,7 +136,7 @@ Vector scattered(const Vector& from, const std::vector<int64_t>& kept, int64_t s
 // f + g gains offset and eps log(mass), split so that a.f = b.g.
 void write_solution(const SinkhornSettings& s, const Prepared& p, const SinkhornSolution& solution, int64_t problem,
                     BatchSolution& out) {
-  const double gain = p.view.cost.offset + s.eps * std::log(p.mass);
+  const double gain = p.view.cost.offset + s.eps * kernels::logarithm(p.mass);
   const double af = inner(p.a, solution.f), bg = inner(p.b, solution.g), t = 0.5 * (bg + gain - af);
   RawPotentials& raw = out.raw[static_cast<size_t>(problem)];
   raw = {scattered(solution.f, p.rows, out.f.size(1)), scattered(solution.g, p.columns, out.g.size(1)), p.mass,

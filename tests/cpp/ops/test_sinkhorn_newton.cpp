@@ -291,6 +291,20 @@ TEST(SinkhornNewton, PointsEqualTheDenseCost) {
   EXPECT_EQ(info[3].item<double>(), 1);
 }
 
+TEST(SinkhornNewtonCuda, Test8EqualsTheCpu) {
+  if (TORCH_EXT_WITH_CUDA == 0 || !torch::cuda::is_available()) GTEST_SKIP() << "no GPU is visible";
+  const Problem p = random_problem(90, 1100, {2});
+  const auto here = sinkhorn_newton(p.C, p.a, p.b, SinkhornOptions(0.02));
+  const auto there = sinkhorn_newton(p.C.cuda(), p.a.cuda(), p.b.cuda(), SinkhornOptions(0.02));
+  EXPECT_TRUE(equal_bits({here.value, here.plan, here.f, here.g, here.info},
+                         {there.value, there.plan, there.f, there.g, there.info}));
+  const at::Tensor x = torch::rand({70, 3}), y = torch::rand({1100, 3});
+  const at::Tensor a = torch::full({70}, 1.0 / 70), b = torch::full({1100}, 1.0 / 1100);
+  const auto points = sinkhorn_points(x, y, a, b, SinkhornOptions(0.02));
+  const auto points_there = sinkhorn_points(x.cuda(), y.cuda(), a.cuda(), b.cuda(), SinkhornOptions(0.02));
+  EXPECT_TRUE(equal_bits(std::get<1>(points), std::get<1>(points_there)));
+}
+
 TEST(SinkhornNewton, BadInput) {
   const Problem p = random_problem(3, 4);
   const auto run = [&](const at::Tensor& C, const at::Tensor& a, const at::Tensor& b, const SinkhornOptions& options) {

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def sinkhorn_newton(
-    C: Tensor,  # noqa: N803
+    C: Tensor,
     a: Tensor,
     b: Tensor,
     eps: float,
@@ -113,7 +113,7 @@ def vjp(
     return grad_c, eps * alpha - moved * f, eps * beta + moved * g
 
 
-def two_by_two(C: Tensor, a: Tensor, b: Tensor, eps: float) -> Tensor:  # noqa: N803
+def two_by_two(C: Tensor, a: Tensor, b: Tensor, eps: float) -> Tensor:
     """The plan of a 2 x 2 problem of mass 1 in closed form.
 
     p = P_11 is the root in [max(0, a1 + b1 - 1), min(a1, b1)] of
