@@ -1,5 +1,6 @@
 """Modules around the operators."""
 
+from torch_ext.nn.sinkhorn_loss import SinkhornLoss
 from torch_ext.nn.snell_linear import SnellBudget, SnellLinear, apply_snell, snell_state_dict
 
-__all__ = ["SnellBudget", "SnellLinear", "apply_snell", "snell_state_dict"]
+__all__ = ["SinkhornLoss", "SnellBudget", "SnellLinear", "apply_snell", "snell_state_dict"]

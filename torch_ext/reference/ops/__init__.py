@@ -2,6 +2,7 @@
 
 from torch_ext.reference.ops.philox4x32 import philox4x32
 from torch_ext.reference.ops.rademacher import rademacher, rademacher_
+from torch_ext.reference.ops.sinkhorn_newton import sinkhorn_newton
 from torch_ext.reference.ops.snell import snell_linear, snell_merge
 
-__all__ = ["philox4x32", "rademacher", "rademacher_", "snell_linear", "snell_merge"]
+__all__ = ["philox4x32", "rademacher", "rademacher_", "sinkhorn_newton", "snell_linear", "snell_merge"]
