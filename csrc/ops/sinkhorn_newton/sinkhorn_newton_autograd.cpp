@@ -24,6 +24,8 @@ at::Tensor total(const at::Tensor& x) { return x.sum(-1, /*keepdim=*/true); }
 at::Tensor paired_sum(const at::Tensor& x, const at::Tensor& y) { return (x * y).sum(-1, /*keepdim=*/true); }
 
 void accumulate(at::Tensor& sum, const at::Tensor& term) { sum = sum.defined() ? sum + term : term; }
+// The solve amplifies what its right-hand side lost to rounding: at small eps float32 would leave nothing.
+at::Tensor wide(const at::Tensor& x) { return x.to(at::kDouble); }
 at::Tensor or_zeros(const at::Tensor& x, const at::Tensor& like) { return x.defined() ? x : at::zeros_like(like); }
 
 at::Tensor tangent_of(const at::Tensor& x) { return x.defined() ? x._fw_grad(/*level=*/0) : at::Tensor(); }
@@ -68,16 +70,17 @@ struct Sinkhorn : Function<Sinkhorn> {
     }
     if (grads[1].defined() || grads[2].defined() || grads[3].defined()) {
       const double eps = context->saved_data["eps"].toDouble();
+      const at::Tensor P = wide(plan);
       at::Tensor u, v;
       const at::Tensor shift = gauge_cotangent(saved, grads, u, v);
       if (grads[1].defined()) {
-        const at::Tensor weighted = plan * grads[1] / eps;
+        const at::Tensor weighted = P * wide(grads[1]) / eps;
         accumulate(u, weighted.sum(-1));
         accumulate(v, weighted.sum(-2));
         accumulate(grad_C, -weighted);
       }
-      const auto [alpha, beta] = sinkhorn_hess_solve(plan, u, v);
-      accumulate(grad_C, plan * outer_sum(alpha, beta));
+      const auto [alpha, beta] = sinkhorn_hess_solve(P, u, v);
+      accumulate(grad_C, P * outer_sum(alpha, beta));
       accumulate(grad_a, eps * alpha - (shift.defined() ? shift * f : at::zeros_like(f)));
       accumulate(grad_b, eps * beta + (shift.defined() ? shift * g : at::zeros_like(g)));
     }
@@ -92,18 +95,18 @@ struct Sinkhorn : Function<Sinkhorn> {
   static at::Tensor gauge_cotangent(const variable_list& saved, const variable_list& grads, at::Tensor& u,
                                     at::Tensor& v) {
     if (!grads[2].defined() && !grads[3].defined()) return {};
-    u = at::where(at::isfinite(saved[4]), or_zeros(grads[2], saved[4]), 0);
-    v = at::where(at::isfinite(saved[5]), or_zeros(grads[3], saved[5]), 0);
-    return (total(u) - total(v)) / (total(saved[1]) + total(saved[2]));
+    u = at::where(at::isfinite(saved[4]), wide(or_zeros(grads[2], saved[4])), 0);
+    v = at::where(at::isfinite(saved[5]), wide(or_zeros(grads[3], saved[5])), 0);
+    return (total(u) - total(v)) / (total(wide(saved[1])) + total(wide(saved[2])));
   }
 };
 
 SinkhornTensors sinkhorn_tangents(const SinkhornTensors& out, const at::Tensor& C, const at::Tensor& a,
                                   const at::Tensor& b, const variable_list& tangents, double eps) {
-  const at::Tensor& plan = std::get<1>(out);
+  const at::Tensor plan = wide(std::get<1>(out));
   const at::Tensor f = finite(std::get<2>(out)), g = finite(std::get<3>(out));
-  const at::Tensor dC = or_zeros(tangents[0], C).to(plan.scalar_type()), da = or_zeros(tangents[1], a),
-                   db = or_zeros(tangents[2], b);
+  const at::Tensor dC = wide(or_zeros(tangents[0], C)), da = wide(or_zeros(tangents[1], a)),
+                   db = wide(or_zeros(tangents[2], b));
   const at::Tensor weighted = plan * dC;
   auto [df, dg] = sinkhorn_hess_solve(plan, eps * da + weighted.sum(-1), eps * db + weighted.sum(-2));
   const at::Tensor d_plan = plan * (outer_sum(df, dg) - dC) / eps;
