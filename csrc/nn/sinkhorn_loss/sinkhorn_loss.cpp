@@ -58,7 +58,9 @@ at::Tensor SinkhornLossImpl::forward(const at::Tensor& x, const at::Tensor& y, c
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("torch_ext::sinkhorn_loss", "").typed<decltype(loss_op)>();
   const auto [loss, info] = op.call(x, y, a, b, eps_, debias_);
-  if (const std::string text = ops::sinkhorn_unconverged("SinkhornLoss", info); !text.empty()) TORCH_WARN(text);
+  if (const std::string text = ops::sinkhorn_unconverged("SinkhornLoss", info); !text.empty()) {
+    TORCH_WARN(text);
+  }
   return loss;
 }
 

@@ -108,7 +108,7 @@ class DenseCosts {
 SinkhornTensors sinkhorn_op(const at::Tensor& C, const at::Tensor& a, const at::Tensor& b, double eps,
                             std::optional<double> tol, int64_t max_iter, std::string_view mode,
                             const std::optional<at::Tensor>& f0) {
-  const SinkhornTensors out = sinkhorn_meta(C, a, b, eps, tol, max_iter, mode, f0);
+  SinkhornTensors out = sinkhorn_meta(C, a, b, eps, tol, max_iter, mode, f0);
   auto [value, plan, f, g, info] = out;
   if (value.numel() == 0) return out;
   const c10::DeviceGuard guard(C.device());
@@ -159,7 +159,9 @@ SinkhornResult sinkhorn_newton(const at::Tensor& C, const at::Tensor& a, const a
                                const SinkhornOptions& options, const std::optional<at::Tensor>& f0) {
   auto [value, plan, f, g, info] =
       call_sinkhorn_newton(C, a, b, options.eps(), options.tol(), options.max_iter(), options.mode(), f0);
-  if (const std::string text = sinkhorn_unconverged(kOp, info); !text.empty()) TORCH_WARN(text);
+  if (const std::string text = sinkhorn_unconverged(kOp, info); !text.empty()) {
+    TORCH_WARN(text);
+  }
   return {value, plan, f, g, info};
 }
 

@@ -46,7 +46,7 @@ void keep_with_tangents(const at::Tensor& output, variable_list saved) {
 
 struct Sinkhorn : Function<Sinkhorn> {
   static variable_list forward(AutogradContext* context, const at::Tensor& C, const at::Tensor& a, const at::Tensor& b,
-                               double eps, std::optional<double> tol, int64_t max_iter, std::string mode,
+                               double eps, std::optional<double> tol, int64_t max_iter, const std::string& mode,
                                const std::optional<at::Tensor>& f0) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [value, plan, f, g, info] = call_sinkhorn_newton(C, a, b, eps, tol, max_iter, mode, f0);

@@ -115,7 +115,7 @@ CostView point_view(const at::Tensor& all_x, const at::Tensor& all_y, int64_t pr
 PointTensors points_op(const at::Tensor& x, const at::Tensor& y, const at::Tensor& a, const at::Tensor& b, double eps,
                        std::optional<double> tol, int64_t max_iter, std::string_view mode,
                        const std::optional<at::Tensor>& f0) {
-  const PointTensors out = points_meta(x, y, a, b, eps, tol, max_iter, mode, f0);
+  PointTensors out = points_meta(x, y, a, b, eps, tol, max_iter, mode, f0);
   auto [value, f, g, info] = out;
   if (value.numel() == 0) return out;
   const c10::DeviceGuard guard(x.device());
@@ -149,7 +149,7 @@ TensorPair displacement_meta(const at::Tensor& x, const at::Tensor& y, const at:
 
 TensorPair displacement_op(const at::Tensor& x, const at::Tensor& y, const at::Tensor& f, const at::Tensor& g,
                            double eps) {
-  const TensorPair out = displacement_meta(x, y, f, g, eps);
+  TensorPair out = displacement_meta(x, y, f, g, eps);
   auto [dx, dy] = out;
   if (dx.numel() == 0 || dy.numel() == 0) return out;
   const c10::DeviceGuard guard(x.device());
@@ -170,7 +170,7 @@ TensorPair displacement_op(const at::Tensor& x, const at::Tensor& y, const at::T
 struct Points : Function<Points> {
   static variable_list forward(AutogradContext* context, const at::Tensor& x, const at::Tensor& y, const at::Tensor& a,
                                const at::Tensor& b, double eps, std::optional<double> tol, int64_t max_iter,
-                               std::string mode, const std::optional<at::Tensor>& f0) {
+                               const std::string& mode, const std::optional<at::Tensor>& f0) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [value, f, g, info] = call_sinkhorn_points(x, y, a, b, eps, tol, max_iter, mode, f0);
     context->save_for_backward({x, y, a, b, f, g});
@@ -249,7 +249,9 @@ TensorPair call_displacement(const at::Tensor& x, const at::Tensor& y, const at:
 PointTensors sinkhorn_points(const at::Tensor& x, const at::Tensor& y, const at::Tensor& a, const at::Tensor& b,
                              const SinkhornOptions& options, const std::optional<at::Tensor>& f0) {
   auto out = call_sinkhorn_points(x, y, a, b, options.eps(), options.tol(), options.max_iter(), options.mode(), f0);
-  if (const std::string text = sinkhorn_unconverged(kOp, std::get<3>(out)); !text.empty()) TORCH_WARN(text);
+  if (const std::string text = sinkhorn_unconverged(kOp, std::get<3>(out)); !text.empty()) {
+    TORCH_WARN(text);
+  }
   return out;
 }
 
