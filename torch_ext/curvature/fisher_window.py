@@ -25,7 +25,7 @@ class FisherWindow:
 
     No d x d matrix is formed. A row that comes costs one pass over the window (2 m d flops) and m^2, because the factor
     of K is updated and not made anew; a product costs one or two passes. A row with an infinite or NaN element is
-    rejected: the window stays as it is, bit for bit, and ``rejected`` grows. All state is plain tensors, so
+    rejected: the rows held stay as they are, bit for bit, and ``rejected`` grows. All state is plain tensors, so
     ``copy.deepcopy``, ``pickle`` and ``torch.save`` work.
 
     Args:

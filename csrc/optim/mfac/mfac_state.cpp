@@ -11,7 +11,9 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <utility>
+#include <vector>
 
 #include "core/check.h"
 
@@ -49,22 +51,33 @@ at::Device window_device(const MFACBlock& block) {
   return device;
 }
 
-// What the columns of the window in a state are: their number, and which slice of them this is.
+// What the columns of the window in a state are: their number, which slice of them this is, and the elements of each
+// parameter that they belong to. In a state: one tensor, in this order.
 struct Columns {
   int64_t count, shard, shards;
+  std::vector<int64_t> sizes;
   bool operator==(const Columns& other) const {
-    return count == other.count && shard == other.shard && shards == other.shards;
+    return count == other.count && shard == other.shard && shards == other.shards && sizes == other.sizes;
   }
 };
+constexpr int64_t kSizesBegin = 3;
 
 Columns columns_of(const StateTensors& state) {
-  const auto* values = state.find("window_layout")->second.const_data_ptr<int64_t>();
-  return {values[0], values[1], values[2]};
+  const at::Tensor& layout = state.find("window_layout")->second;
+  const auto* values = layout.const_data_ptr<int64_t>();
+  return {values[0], values[1], values[2], {values + kSizesBegin, values + layout.numel()}};
 }
 
 void set_columns(StateTensors& state, const Columns& columns) {
-  const std::vector<int64_t> values{columns.count, columns.shard, columns.shards};
+  std::vector<int64_t> values{columns.count, columns.shard, columns.shards};
+  values.insert(values.end(), columns.sizes.begin(), columns.sizes.end());
   state["window_layout"] = at::tensor(values, at::kLong);
+}
+
+std::vector<int64_t> sizes_of(const std::vector<at::Tensor>& params) {
+  std::vector<int64_t> sizes;
+  for (const at::Tensor& param : params) sizes.push_back(param.numel());
+  return sizes;
 }
 
 // Tiles [begin, end) along `dim`, in units of `unit` elements; zeros beyond the end of the tensor.
@@ -142,12 +155,16 @@ void check_window(const Options& options, const StateTensors& state) {
   for (const std::string& name : names) {
     TORCH_CHECK_VALUE(state.count(name) != 0, kName, ": the loaded window lacks ", name);
   }
-  TORCH_CHECK_VALUE(state.find("window_layout")->second.numel() == 3, kName, ": loaded window_layout has shape ",
-                    state.find("window_layout")->second.sizes());
+  const at::Tensor& layout = state.find("window_layout")->second;
+  TORCH_CHECK_VALUE(layout.dim() == 1 && layout.numel() > kSizesBegin && layout.is_contiguous(), kName,
+                    ": loaded window_layout has shape ", layout.sizes());
   const Columns columns = columns_of(state);
   TORCH_CHECK_VALUE(columns.count >= 1 && columns.shard >= 0 && columns.shard < columns.shards, kName,
                     ": loaded window_layout is (", columns.count, ", ", columns.shard, ", ", columns.shards,
                     "), no columns and slice of them");
+  const int64_t sum = std::accumulate(columns.sizes.begin(), columns.sizes.end(), int64_t{0});
+  TORCH_CHECK_VALUE(sum == columns.count, kName, ": loaded window_layout has ", columns.count,
+                    " columns, its parameters ", sum, " elements");
   curvature::fisher_window_check_state(mfac_layout(options, columns.count, columns.shards), mfac_window(state), kName);
 }
 
@@ -211,15 +228,15 @@ void mfac_ready_window(MFACBlock& block, const ColumnShards& shards) {
   const at::NoGradGuard no_grad;
   StateTensors& state = block.states[0];
   const Options& options = *block.shared;
-  const Columns columns{mfac_columns(block.params), shards.rank, shards.count};
+  const Columns columns{mfac_columns(block.params), shards.rank, shards.count, sizes_of(block.params)};
   const FisherWindowLayout layout = mfac_layout(options, columns.count, shards.count);
   block.changed.resize(block.params.size());
+  mfac_check_columns(block);
   if (state.count("window_rows") == 0) {
     make_window(block, layout, columns);
     block.changed[0] = 1;
     return;
   }
-  mfac_check_columns(block);
   if (refit(state, columns)) block.changed[0] = 1;
   const at::Device device = window_device(block);
   for (const auto& [name, tensor] : window_tensors()) {
@@ -238,17 +255,20 @@ void mfac_ready_window(MFACBlock& block, const ColumnShards& shards) {
 }
 
 void mfac_check_columns(const MFACBlock& block) {
-  if (block.states[0].count("window_layout") == 0) return;
-  const int64_t have = columns_of(block.states[0]).count;
-  int64_t columns = 0;
-  for (const at::Tensor& param : block.params) {
-    columns += param.numel();
-    if (columns == have) return;
+  for (size_t i = 1; i < block.states.size(); ++i) {
+    TORCH_CHECK_VALUE(
+        block.states[i].count("window_layout") == 0, kName, ": ",
+        core::describe("parameter", static_cast<size_t>(block.ordinals[i]), block.params[i]),
+        " has a window, but is not the first of its block: option blocks, or the order of the parameters, "
+        "is not that of the state; load state_dict(include_window=False) to fill a new window");
   }
-  TORCH_CHECK_VALUE(false, kName, ": the window has ", have, " columns, which are those of other parameters: the ",
-                    block.params.size(), " of this optimizer have ", columns,
-                    " elements. Parameters may only join at the end of a window; load "
-                    "state_dict(include_window=False) to fill a new one");
+  if (block.states[0].count("window_layout") == 0) return;
+  const std::vector<int64_t> have = columns_of(block.states[0]).sizes, now = sizes_of(block.params);
+  const bool prefix = have.size() <= now.size() && std::equal(have.begin(), have.end(), now.begin());
+  TORCH_CHECK_VALUE(prefix, kName, ": the window has the columns of other parameters, of ", at::IntArrayRef(have),
+                    " elements; those of this optimizer have ", at::IntArrayRef(now),
+                    ". Parameters may only join at the end of a window; load state_dict(include_window=False) to fill "
+                    "a new one");
 }
 
 void mfac_prepare(MFACBlock& block, const ColumnShards& shards) {

@@ -45,8 +45,8 @@ TORCH_EXT_API void mfac_prepare(MFACBlock& block, const ColumnShards& shards);
 // True if some parameter has a gradient.
 TORCH_EXT_API bool mfac_has_gradients(const MFACBlock& block);
 
-// ValueError unless the columns of the block's window, if it has one, are those of its first few parameters or of all:
-// parameters may have joined since.
+// ValueError unless the columns of the block's window, if it has one, are those of its first few parameters or of all
+// (parameters may have joined since), and no other parameter of the block has a window.
 TORCH_EXT_API void mfac_check_columns(const MFACBlock& block);
 
 // Loaded state against its parameter and options; ValueError.

@@ -83,7 +83,9 @@ def test_a_checkpoint_from_before_a_parameter_joined(language: str) -> None:
     for _ in range(5):
         take(first, [a, b], [draw()[0], None])
     saved = copy.deepcopy(first.state_dict())
-    saved["state"][0]["window_layout"][0] = 300  # as it was written before b joined; the rest of the tile is zero
+    saved["state"][0]["window_layout"] = torch.tensor(
+        [300, 0, 1, 300]
+    )  # as it was written before b joined; the rest of the tile is zero
     second = make(language, [{"params": [a]}, {"params": [b]}], num_grads=4)
     second.load_state_dict(saved)
     copies = [leaf(300), leaf(300)]
@@ -237,7 +239,7 @@ def test_a_damaged_window_is_refused(language: str) -> None:
     ]
     bad += [
         ("window_layout has shape", edited(lambda s: s.update(window_layout=torch.zeros(2, dtype=torch.int64)))),
-        ("window_layout is", edited(lambda s: s.update(window_layout=torch.tensor([40, 1, 1])))),
+        ("window_layout is", edited(lambda s: s.update(window_layout=torch.tensor([40, 1, 1, 40])))),
         ("40 elements", edited(lambda s: s["window_layout"][:1].fill_(39))),
         ("rows", edited(lambda s: s.update(window_rows=s["window_rows"].double()))),
         ("gram", edited(lambda s: s.update(window_gram=s["window_gram"][:3]))),
@@ -253,12 +255,44 @@ def test_a_damaged_window_is_refused(language: str) -> None:
 
 
 @both_languages
+@pytest.mark.parametrize(("saved", "other"), [((6, 2), (8, 2)), ((2, 3), (3, 2)), ((4, 4), (4, 3))])
+def test_a_window_of_other_parameters_is_refused(language: str, saved: tuple[int, ...], other: tuple[int, ...]) -> None:
+    """Also where the number of columns happens to be that of some of the parameters."""
+    params, others = [leaf(n) for n in saved], [leaf(n) for n in other]
+    optimizer, target = make(language, params), make(language, others)
+    take(optimizer, params, list(gradients(*saved)()))
+    before = bits(target.state_dict())
+    with pytest.raises(ValueError, match="the window has the columns of other parameters"):
+        target.load_state_dict(optimizer.state_dict())
+    assert bits(target.state_dict()) == before
+
+
+@both_languages
+@pytest.mark.parametrize("first", ["global", "per_group"])
+def test_blocks_may_not_change_under_a_window(language: str, first: str) -> None:
+    second = "per_group" if first == "global" else "global"
+    a, b = leaf(30), leaf(40)
+    optimizer = make(language, [{"params": [a]}, {"params": [b]}], blocks=first)
+    draw = gradients(30, 40)
+    take(optimizer, [a, b], list(draw()))
+    before = bits([a, b])
+    for number in range(2):
+        if language == "python":
+            optimizer.param_groups[number]["blocks"] = second
+        else:
+            optimizer.set_option(number, "blocks", second)
+    with pytest.raises(ValueError, match="include_window=False"):
+        take(optimizer, [a, b], list(draw()))
+    assert bits([a, b]) == before
+
+
+@both_languages
 def test_a_slice_of_a_window_is_refused_outside_its_group(language: str) -> None:
     p, draw = leaf(40), gradients(40)
     optimizer = make(language, [p])
     take(optimizer, [p], list(draw()))
     saved = copy.deepcopy(optimizer.state_dict())
-    saved["state"][0]["window_layout"] = torch.tensor([40, 1, 4])
+    saved["state"][0]["window_layout"] = torch.tensor([40, 1, 4, 40])
     optimizer.load_state_dict(saved)
     with pytest.raises(ValueError, match=r"holds slice 1 of 4, this is process 0 of 1.*include_window=False"):
         take(optimizer, [p], list(draw()))

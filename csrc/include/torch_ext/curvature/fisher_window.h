@@ -29,9 +29,9 @@ namespace torch_ext::curvature {
 //   "topk"                 of each 1024 elements the ceil(topk * 1024) largest in magnitude, as bfloat16 with their
 //                          places: 4 topk bytes, and 8 for what is left over and joins the next row (error feedback)
 //
-// A row with an infinite or NaN element (or whose square overflows) is rejected: the window stays as it is, bit for
-// bit, and rejected() grows. The state is plain tensors (see state()); the same window on the same machine gives the
-// same bits for any number of threads.
+// A row with an infinite or NaN element (or whose square overflows) is rejected: the rows held stay as they are, bit
+// for bit, and rejected() grows. The state is plain tensors (see state()); the same window on the same machine gives
+// the same bits for any number of threads.
 class TORCH_EXT_API FisherWindow {
  public:
   struct Extra {

@@ -16,8 +16,14 @@
 // below |g|^2. For m other than 1024 scale lr and damping by 1024 / m. Where |g|^2 << m damping a step is SGD with rate
 // lr / damping.
 //
-//   torch_ext::optim::MFAC optimizer(model->parameters(), torch_ext::optim::MFACOptions(1e-2).num_grads(64));
+//   const auto options = torch_ext::optim::MFACOptions(1e-2).num_grads(64).damping(1e-3);
+//   torch_ext::optim::MFAC optimizer(model->parameters(), options);
 //   optimizer.step([&] { return torch::nll_loss(model->forward(x), y); });
+//
+// Parameters are float32, float64, bfloat16 or float16 in any memory layout; sparse gradients and complex parameters
+// are a c10::Error, options out of range a c10::ValueError. Scaled gradients must be divided by their scale first.
+// Parameters that join later get columns of zeros. State: step, momentum_buffer; window_* with the first parameter of
+// each block.
 //
 // A step reads the window twice. Memory: d (m + 1) elements of the format (float32 4 bytes, float64 8, bfloat16 2, int8
 // 1 + 1/64, topk 4 topk), d rounded up to 1024; 8 d more with error feedback; 16 m^2 bytes and more for Gram matrix and
