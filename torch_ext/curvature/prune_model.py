@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from torch_ext import _C
-from torch_ext.curvature.prune_masks import PruneMasks
+from torch_ext.curvature.prune_masks import PruneMasks, by_first_name, first_names
 
 Progress = Callable[[int, int], None]
 
@@ -27,7 +28,7 @@ class PruneModelResult:
     sparsity: dict[str, float]  #: zeros / elements of each parameter
     total_sparsity: float  #: over all of them
     predicted_loss_increase: float | None  #: sum over the rounds; None for ``method="magnitude"``
-    guard: PruneMasks | None  #: keeps the zeros while training; ``guard.remove()`` lets them go
+    guard: PruneMasks | None  #: keeps the zeros, and earlier ones, while training; ``guard.remove()`` lets them go
 
     def __str__(self) -> str:
         lines = [f"{name}: {value:.1%} zeros" for name, value in self.sparsity.items()]
@@ -75,25 +76,29 @@ def prune_model(
         micro_batch: cuts every batch into pieces of so many samples, one gradient each: 1 gives per-sample gradients.
             Batches must then be a tensor, or tuples, lists or dicts of tensors with the samples in dimension 0.
         parameters: names or patterns such as ``"encoder.*.weight"``. Default: all trainable ones of two or more
-            dimensions, which leaves out biases and normalisation.
-        exclude: names or patterns to leave out.
-        masks: of an earlier call, to prune further; default: those that are applied to the model, if any.
+            dimensions, which leaves out biases and normalisation. What a weight is computed from (weight_norm,
+            spectral_norm, orthogonal ...) is pruned only where its own name stands here; else it is a ValueError.
+        exclude: names or patterns to leave out; ``"0.weight"`` also stands for what a parametrised 0.weight is computed
+            from. A tied weight goes by all its names, here and in ``parameters`` and ``masks``.
+        masks: of an earlier call, to prune further; default: those that are applied to the model, if any. Applied masks
+            of parameters that this call does not prune stay applied.
         keep_masks: apply the masks as :class:`PruneMasks` while you fine-tune. False: the zeros are only values.
         progress: True shows a bar when standard error is a terminal (tqdm's, where it is installed); or a function
             ``progress(gradients done, gradients in all)``.
 
     Raises:
+        RuntimeError: masks are applied and the model has changed under them (see :class:`PruneMasks`).
         ValueError: a sparsity or option out of range; a name without parameter; batches that end early; a gradient that
             is not finite or that no loss depends on, named. In any case, whatever ``loss_fn`` raises included, weights
             and flags are as before.
     """
+    applied = PruneMasks.of(model)
+    if applied is not None:
+        applied.check()
     names = _select(model, parameters, exclude)
     weights = [model.get_parameter(name) for name in names]
-    applied = PruneMasks.of(model)
-    before = dict(masks) if masks is not None else applied.masks if applied is not None else {}
-    for name in before if masks is not None else ():
-        if name not in names:
-            raise ValueError(f"prune_model: masks names '{name}', which is not among the parameters to prune")
+    stay = {} if applied is None else applied.masks
+    before = _given_masks(model, masks, names) if masks is not None else stay
     given = [_mask_for(name, weight, before) for name, weight in zip(names, weights, strict=True)] if before else []
     needs_loss = method != "magnitude"
     if needs_loss and (loss_fn is None or batches is None):
@@ -104,27 +109,75 @@ def prune_model(
             *(names, weights, next_loss, sparsity, method, num_grads, damping, block, recomputations, given, show)
         )
     found = dict(zip(names, kept, strict=True))
-    guard = None
+    stay = {name: mask for name, mask in stay.items() if name not in found}
+    if keep_masks:
+        stay.update(found)
+    guard = PruneMasks(model, stay) if stay else None
     if applied is not None:
         applied.remove()
-    if keep_masks:
-        guard = PruneMasks(model, {**before, **found})
     return PruneModelResult(found, dict(zip(names, each, strict=True)), total, increase, guard)
 
 
 def _select(model: nn.Module, parameters: Sequence[str] | None, exclude: Sequence[str]) -> list[str]:
-    everything = dict(model.named_parameters())
+    names = _all_names(model)
     for option, patterns in (("parameters", parameters or ()), ("exclude", exclude)):
         if isinstance(patterns, str):
             raise TypeError(f"prune_model: {option} must be a list of names, got the string '{patterns}'")
         for pattern in patterns:
-            if not any(fnmatchcase(name, pattern) for name in everything):
+            if not any(_matches(known, (pattern,)) for known in names.values()):
                 raise ValueError(f"prune_model: {option} names '{pattern}', which is no parameter of the model")
     if parameters is None:
-        chosen = [name for name, p in everything.items() if p.requires_grad and p.dim() >= 2]
+        chosen = [name for name, p in model.named_parameters() if p.requires_grad and p.dim() >= 2]
     else:
-        chosen = [name for name in everything if any(fnmatchcase(name, pattern) for pattern in parameters)]
-    return [name for name in chosen if not any(fnmatchcase(name, pattern) for pattern in exclude)]
+        chosen = [name for name in names if _matches(names[name], parameters)]
+    chosen = [name for name in chosen if not _matches(names[name], exclude)]
+    for name in chosen:
+        computed = _computes(model, name)
+        if computed is not None and name not in (parameters or ()):
+            raise ValueError(
+                f"prune_model: '{computed}' is parametrised: remove_parametrizations first (remove_weight_norm and the "
+                f"like for older ones), or leave it out with exclude=['{computed}']"
+            )
+    return chosen
+
+
+def _all_names(model: nn.Module) -> dict[str, list[str]]:
+    """First name of each parameter -> all it goes by: those of tied weights, and of the tensor computed from it."""
+    names: dict[str, list[str]] = {name: [] for name, _ in model.named_parameters()}
+    for name, first in first_names(model).items():
+        computed = _computes(model, name)
+        names[first].extend([name] if computed is None else [name, computed])
+    return names
+
+
+def _matches(names: Iterable[str], patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns for name in names)
+
+
+def _computes(model: nn.Module, name: str) -> str | None:
+    """The name of the tensor that is computed from this parameter, if it is part of a reparametrisation."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part == "parametrizations":
+            path, tensor = parts[:i], parts[i:][1]
+            if isinstance(model.get_submodule(".".join([*path, part, tensor])), ParametrizationList):
+                return ".".join([*path, tensor])
+    owner, _, leaf = name.rpartition(".")
+    for hook in model.get_submodule(owner)._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):  # weight_norm, spectral_norm, prune of old
+            target = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
+            if target is not None and leaf in (f"{target}_g", f"{target}_v", f"{target}_orig"):
+                return f"{owner}.{target}" if owner else str(target)
+    return None
+
+
+def _given_masks(model: nn.Module, masks: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    unknown = "prune_model: masks names '{}', which is not among the parameters to prune"
+    found = by_first_name(model, masks, unknown)
+    for name in found:
+        if name not in names:
+            raise ValueError(unknown.format(name))
+    return found
 
 
 def _mask_for(name: str, weight: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
@@ -166,12 +219,15 @@ def _split(batch: Any, size: int) -> Iterator[Any]:
     if size < 1:
         raise ValueError(f"prune_model: micro_batch must be at least 1, got {size}")
     if isinstance(batch, Tensor):
+        if batch.dim() == 0:
+            raise ValueError("prune_model: micro_batch cuts dimension 0, and a tensor of the batch has no dimension")
         yield from batch.split(size)  # type: ignore[no-untyped-call]
     elif isinstance(batch, Mapping):
         columns = [_split(value, size) for value in batch.values()]
         yield from (dict(zip(batch, row, strict=True)) for row in zip(*columns, strict=True))
     elif isinstance(batch, (tuple, list)):
-        yield from (tuple(row) for row in zip(*(_split(value, size) for value in batch), strict=True))
+        make = getattr(batch, "_make", list if isinstance(batch, list) else tuple)  # _make: of a namedtuple
+        yield from (make(row) for row in zip(*(_split(value, size) for value in batch), strict=True))
     else:
         raise TypeError(f"prune_model: micro_batch cuts tensors, tuples, lists and dicts of them, not {type(batch)}")
 

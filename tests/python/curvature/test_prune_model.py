@@ -8,12 +8,13 @@ import pickle
 import sys
 import types
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune as torch_prune
 
 from torch_ext import optim
 from torch_ext.curvature import PruneMasks, PruneModelResult, StaticFisher, obs_prune, prune_model
@@ -525,8 +526,8 @@ def sparse() -> nn.Module:
             r"parameter '0\.weight' has a sparse gradient",
         ),
         (lambda: PruneMasks(net(), {"x": torch.ones(1).bool()}), ValueError, "no parameter 'x'"),
-        (lambda: PruneMasks(net(), {"fc.bias": torch.ones(8)}), TypeError, "must be bool"),
-        (lambda: PruneMasks(net(), {"fc.bias": torch.ones(7).bool()}), ValueError, r"has shape \[7\]"),
+        (lambda: PruneMasks(net(), {"fc.bias": torch.ones(8)}), TypeError, r"parameter 'fc\.bias' must be bool"),
+        (lambda: PruneMasks(net(), {"fc.bias": torch.ones(7).bool()}), ValueError, r"'fc\.bias' has shape \[7\]"),
     ],
 )
 def test_bad_input(call: Callable[[], object], error: type[Exception], message: str) -> None:
@@ -572,6 +573,239 @@ def test_importing_needs_no_tqdm() -> None:
 
     names = [value for value in vars(module).values() if isinstance(value, types.ModuleType)]
     assert "tqdm" not in [value.__name__ for value in names]
+
+
+# --- models that change, are reparametrised, tied or called with other tensors ----------------------------------------
+
+
+def chain(tied: bool = False) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    if tied:
+        model[2].weight = model[0].weight
+    return model
+
+
+def prune_chain(model: nn.Module, sparsity: float = 0.5, **options: Any) -> PruneModelResult:
+    options = {"loss_fn": lambda m, x: m(x).square().sum(), "batches": [randn(3, 4)], "num_grads": 2, **options}
+    return prune(model, sparsity, **options)
+
+
+def stepped(model: nn.Module) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    model(randn(3, 4)).square().sum().backward()
+    optimizer.step()
+
+
+def lose(model: nn.Sequential) -> None:
+    model[2] = nn.Identity()
+
+
+def to_plain_tensor(model: nn.Sequential) -> None:
+    del model[2].weight
+    model[2].weight = torch.ones(4, 4)
+
+
+def parametrise(model: nn.Sequential) -> None:
+    nn.utils.parametrizations.weight_norm(model[2])
+
+
+def widen(model: nn.Sequential) -> None:
+    model[2].weight = nn.Parameter(torch.ones(5, 4))
+    model[2].bias = None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lose, "is no longer a parameter"),
+        (to_plain_tensor, "is no longer a parameter"),
+        (parametrise, "is no longer a parameter"),
+        (widen, r"has shape \[5, 4\] now, and its mask \[4, 4\]"),
+    ],
+)
+def test_a_model_that_lost_a_masked_parameter(change: Callable[[nn.Sequential], None], message: str) -> None:
+    model = chain()
+    guard = prune_chain(model).guard
+    assert guard is not None
+    change(model)
+    stepped(chain())  # another model's optimizer has nothing to do with it
+    message = rf"'2\.weight' {message}.*PruneMasks\.of\(model\)\.remove\(\)"
+    own = torch.optim.SGD(model.parameters(), lr=0.1)
+    calls: list[Callable[[], Any]] = [
+        lambda: model(randn(3, 4)),
+        own.step,
+        lambda: prune_chain(model, 0.8, method="magnitude"),
+        lambda: copy.deepcopy(model)(randn(3, 4)),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match=message):
+            call()
+    other = copy.deepcopy(model)
+    for changed in (model, other):
+        found = PruneMasks.of(changed)
+        assert found is not None
+        found.remove()
+        stepped(changed)
+        assert bool((changed[0].weight != 0).all())
+
+
+def test_masks_of_parameters_a_call_does_not_touch_stay() -> None:
+    for options in ({}, {"masks": True}, {"keep_masks": False}):
+        model = chain()
+        first = prune_chain(model).masks
+        if "masks" in options:
+            options = {"masks": {"2.weight": first["2.weight"]}}
+        result = prune_chain(model, 0.75, parameters=["2.weight"], **options)
+        assert list(result.masks) == ["2.weight"]
+        assert PruneMasks.of(model) is result.guard is not None
+        assert len(model._forward_pre_hooks) == 1
+        stepped(model)
+        assert torch.equal(model[0].weight == 0, ~first["0.weight"])
+        held = "keep_masks" not in options
+        assert torch.equal(model[2].weight == 0, ~result.masks["2.weight"]) == held
+        assert set(result.guard.masks) == ({"0.weight", "2.weight"} if held else {"0.weight"})
+
+
+P = nn.utils.parametrizations
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (P.weight_norm, "0.parametrizations.weight.original1"),
+        (P.orthogonal, "0.parametrizations.weight.original"),
+        (P.spectral_norm, "0.parametrizations.weight.original"),
+        (nn.utils.weight_norm, "0.weight_v"),
+        (nn.utils.spectral_norm, "0.weight_orig"),
+        (lambda layer: torch_prune.random_unstructured(layer, "weight", 0.1), "0.weight_orig"),
+    ],
+)
+def test_reparametrised_weights_are_not_pruned_by_default(wrap: Callable[[nn.Module], nn.Module], name: str) -> None:
+    def make() -> nn.Sequential:
+        model = chain()
+        wrap(model[0])
+        return model
+
+    model = make()
+    before = state(model)
+    for parameters in (None, ["*"], ["*.weight"]):
+        with pytest.raises(ValueError, match=r"'0\.weight' is parametrised: remove_parametrizations first.*exclude"):
+            prune_chain(model, parameters=parameters)
+    assert_unchanged(model, before)
+    for exclude in ("0.weight", "0.*"):
+        assert list(prune_chain(make(), exclude=[exclude]).masks) == ["2.weight"]
+    assert list(prune_chain(model, parameters=[name], method="magnitude").masks) == [name]
+    bare = nn.Linear(4, 4)
+    wrap(bare)
+    with pytest.raises(ValueError, match="'weight' is parametrised"):
+        prune_chain(bare)
+
+
+def test_weights_with_such_names_are_ordinary_otherwise() -> None:
+    model = nn.Linear(4, 4)
+    model.weight_v = nn.Parameter(randn(2, 2))
+    assert list(prune_chain(model, method="magnitude").masks) == ["weight", "weight_v"]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_functional_calls_run_with_the_tensors_they_are_given(copied: bool) -> None:
+    model = chain()
+    masks = prune_chain(model).masks
+    if copied:
+        model = copy.deepcopy(model)  # whose first forward pass this is
+    x = randn(3, 4)
+    tensors = {name: p.detach().clone() for name, p in model.named_parameters()}
+    before = state(model)
+    assert torch.equal(torch.func.functional_call(model, tensors, (x,)), copy.deepcopy(model)(x))
+
+    def loss(tensors: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(model, tensors, (row,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(tensors, x)
+    model.zero_grad()
+    model(x).square().sum().backward()
+    for name, p in model.named_parameters():
+        assert p.grad is not None
+        expected = each[name].sum(0)
+        torch.testing.assert_close(p.grad, expected * masks[name] if name in masks else expected)
+    ones = {name: torch.ones_like(value) for name, value in tensors.items()}
+    torch.func.functional_call(model, ones, (x,))
+    assert all(bool((value == 1).all()) for value in ones.values())
+    assert_unchanged(model, before)
+    stepped(model)
+    assert torch.equal(model[2].weight == 0, ~masks["2.weight"])
+
+
+def test_a_replaced_parameter_with_the_same_version_is_masked() -> None:
+    model = chain()
+    masks = prune_chain(model).masks
+    fresh = nn.Parameter(torch.zeros(4, 4))
+    with torch.no_grad():
+        while fresh._version < model[0].weight._version:
+            fresh.fill_(1)
+    old, model[0].weight = model[0].weight, fresh
+    model(randn(3, 4))
+    assert torch.equal(model[0].weight == 0, ~masks["0.weight"])
+    assert not old._backward_hooks
+
+
+def test_masks_whose_construction_failed_are_not_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chain()
+    kept: list[PruneMasks] = []
+
+    def broken(self: PruneMasks) -> None:
+        kept.append(self)
+        raise RuntimeError("no")
+
+    before = state(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(PruneMasks, "apply", broken)
+        with pytest.raises(RuntimeError, match="no"):
+            PruneMasks(model, {"0.weight": torch.zeros(4, 4).bool()})
+    assert_unchanged(model, before)
+    assert len(kept) == 1
+    assert len(model._forward_pre_hooks) + len(model._load_state_dict_post_hooks) == 0
+    stepped(model)
+    assert bool((model[0].weight != 0).all())
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+@pytest.mark.parametrize("make", [Pair._make, list, tuple])
+def test_micro_batches_keep_the_type_of_the_batch(make: Callable[[Any], Any]) -> None:
+    seen: list[type] = []
+
+    def typed(model: nn.Module, batch: Any) -> Tensor:
+        seen.append(type(batch))
+        return loss_fn(model, batch)
+
+    prune(net(), loss_fn=typed, batches=[make(pair) for pair in BATCHES], num_grads=3, micro_batch=4)
+    assert seen == [type(make(BATCHES[0]))] * 3
+
+
+def test_micro_batches_of_a_number() -> None:
+    with pytest.raises(ValueError, match="micro_batch cuts dimension 0, and a tensor of the batch has no dimension"):
+        prune(net(), batches=[(BATCHES[0][0], torch.tensor(1))], micro_batch=1)
+
+
+def test_tied_weights_go_by_all_their_names() -> None:
+    mask = torch.eye(4).bool()
+    assert list(prune_chain(chain(tied=True), parameters=["2.weight"]).masks) == ["0.weight"]
+    assert list(prune_chain(chain(tied=True), parameters=["*"], exclude=["2.*"]).masks) == ["0.bias"]
+    further = prune_chain(chain(tied=True), 0.9, masks={"2.weight": mask})
+    assert not bool((further.masks["0.weight"] & ~mask).any())
+    model = chain(tied=True)
+    assert list(PruneMasks(model, {"2.weight": mask}).masks) == ["0.weight"]
+    stepped(model)
+    assert torch.equal(model[2].weight != 0, mask)
+    with pytest.raises(ValueError, match=r"names parameter '0\.weight' twice, also as '2\.weight'"):
+        PruneMasks(model, {"0.weight": mask, "2.weight": mask})
 
 
 # --- operators -------------------------------------------------------------------------------------------------------
