@@ -128,7 +128,7 @@ FisherFactor checked_factor(const FisherBlocks& fisher, const at::Tensor& blocks
 }
 
 at::Tensor inverse_diagonal(const FisherBlocks& fisher, const FisherFactor& factor) {
-  const at::Tensor result = at::empty({fisher.gradients.size(1)}, like(fisher));
+  at::Tensor result = at::empty({fisher.gradients.size(1)}, like(fisher));
   for (const BlockRange& range : block_ranges(fisher)) {
     const at::Tensor out = range.of(result), held = factor_in(factor, range);
     if (!range.wide(fisher)) {
@@ -147,7 +147,7 @@ at::Tensor inverse_diagonal(const FisherBlocks& fisher, const FisherFactor& fact
 
 at::Tensor inverse_times(const FisherBlocks& fisher, const FisherFactor& factor, at::Tensor x) {
   x = x.contiguous();
-  const at::Tensor result = at::empty_like(x);
+  at::Tensor result = at::empty_like(x);
   for (const BlockRange& range : block_ranges(fisher)) {
     const at::Tensor out = range.of(result), in = range.of(x), held = factor_in(factor, range);
     if (!range.wide(fisher)) {

@@ -69,7 +69,7 @@ at::Tensor element_op(const at::Tensor& gradients, const at::Tensor& factor, con
   const auto column = [&](int64_t k) { return gradients.narrow(1, k, 1).to(at::kDouble); };
   const auto whitened = [&](int64_t k) { return at::linalg_solve_triangular(matrix, column(k), /*upper=*/false); };
   const at::Tensor dot = (whitened(i) * whitened(j)).sum();
-  const at::Tensor value = dot.neg_().add_(i == j ? 1 : 0).div_(damping);
+  at::Tensor value = dot.neg_().add_(i == j ? 1 : 0).div_(damping);
   if (i != j) return value;
   const at::Tensor largest = column(i).square().sum().div_(gradients.size(0)).add_(damping);
   return value.maximum(largest.reciprocal_());  // as in diag()

@@ -261,6 +261,7 @@ void OptimizerBase::load_state_dict(const c10::IValue& dict) {
                       "loaded state dict has state of parameter ", index, ", which none of its groups lists");
   }
   std::vector<const Options*> options;
+  options.reserve(new_options.size());
   for (const auto& item : new_options) options.push_back(&options_of(*item));
   check_loaded(options, [&](const at::Tensor& param) -> const StateTensors* {
     const auto found =

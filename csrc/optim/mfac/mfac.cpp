@@ -215,7 +215,7 @@ int64_t MFAC::memory_bytes() const {
 }
 
 c10::IValue MFAC::state_dict(bool include_window) const {
-  const c10::IValue dict = OptimizerBase::state_dict();
+  c10::IValue dict = OptimizerBase::state_dict();
   if (include_window) return dict;
   for (const auto& item : dict.toGenericDict().at("state").toGenericDict()) {
     const auto state = item.value().toGenericDict();

@@ -76,6 +76,7 @@ void set_columns(StateTensors& state, const Columns& columns) {
 
 std::vector<int64_t> sizes_of(const std::vector<at::Tensor>& params) {
   std::vector<int64_t> sizes;
+  sizes.reserve(params.size());
   for (const at::Tensor& param : params) sizes.push_back(param.numel());
   return sizes;
 }

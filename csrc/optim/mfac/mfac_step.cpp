@@ -167,7 +167,7 @@ std::vector<at::Tensor> mfac_precondition(const MFACBlock& block, const ColumnSh
   if (shards.count > 1) parts.push_back(at::zeros({padded - all}, wide));
   at::Tensor result = at::cat(parts);
   if (!w.rows.defined()) {
-    result = result / damping;  // no rows: F = damping I
+    result = result.div(damping);  // no rows: F = damping I
   } else {
     const at::Tensor own = result
                                .narrow(0, shards.count > 1 ? shards.rank * pass.own_columns() : 0,
