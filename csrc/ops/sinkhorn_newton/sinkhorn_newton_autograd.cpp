@@ -38,7 +38,8 @@ void set_tangent(const at::Tensor& x, const at::Tensor& tangent) {
 // outputs before they had one. (Leaving the forward level drops the tangents, and with them the reference cycle.)
 template <typename F>
 void keep_with_tangents(const at::Tensor& output, variable_list saved) {
-  const auto node = std::dynamic_pointer_cast<torch::autograd::CppNode<F>>(output.grad_fn());
+  // .get(): a shared_ptr up to torch 2.11, an intrusive_ptr since
+  auto* const node = dynamic_cast<torch::autograd::CppNode<F>*>(output.grad_fn().get());
   if (node == nullptr) return;
   node->ctx_.save_for_backward(std::move(saved));
   node->save_variables_to_ctx();
