@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "core/block_reduce.h"
-#include "core/dtype_dispatch.h"
 
 namespace torch_ext::kernels {
 namespace {
@@ -23,18 +22,6 @@ TX_HD void fill(const PointCost& cost, int64_t i, int64_t j, int64_t count, doub
     for (int64_t k = 0; k < count; ++k) c[k] += PointCost::squared(x, y[k]);
   }
   for (int64_t k = 0; k < count; ++k) c[k] *= 0.5;
-}
-
-template <typename Body>
-void with_cost(const SinkhornCost& cost, const Body& body) {
-  if (cost.dense == nullptr) {
-    body(PointCost{cost.x, cost.y_t, cost.m, cost.d});
-    return;
-  }
-  core::dispatch_dtype(cost.type, [&](auto storage) {
-    using S = decltype(storage);
-    body(DenseCost<S>{static_cast<const S*>(cost.dense), cost.offset, cost.m});
-  });
 }
 
 // Fills up to whole groups of lanes with entries that add nothing.

@@ -1,5 +1,4 @@
 #include "core/block_reduce.h"
-#include "core/dtype_dispatch.h"
 #include "core/multi_tensor_cuda.cuh"
 #include "ops/sinkhorn_newton/sinkhorn_newton_kernel.h"
 
@@ -202,18 +201,6 @@ __global__ void displacement_kernel(const PointCost cost, int64_t n, int64_t m, 
     }
     if (lane_of_thread() == 0) out[i * cost.d + axis] = total;
   }
-}
-
-template <typename Body>
-void with_cost(const SinkhornCost& cost, const Body& body) {
-  if (cost.dense == nullptr) {
-    body(PointCost{cost.x, cost.y_t, cost.m, cost.d});
-    return;
-  }
-  core::dispatch_dtype(cost.type, [&](auto storage) {
-    using S = decltype(storage);
-    body(DenseCost<S>{static_cast<const S*>(cost.dense), cost.offset, cost.m});
-  });
 }
 
 unsigned blocks_of(int64_t items, int64_t per_block) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/dtype.h"
+#include "core/dtype_dispatch.h"
 #include "ops/sinkhorn_newton/sinkhorn_newton_functor.h"
 
 namespace torch_ext::kernels {
@@ -26,6 +27,19 @@ struct SinkhornCost {
   const double* y_t;  // [d, m] points of the columns, one coordinate after another
   int64_t n, m, d;
 };
+
+// Calls body(entries) with the cost's entries as a functor of their type.
+template <typename Body>
+void with_cost(const SinkhornCost& cost, const Body& body) {
+  if (cost.dense == nullptr) {
+    body(PointCost{cost.x, cost.y_t, cost.m, cost.d});
+    return;
+  }
+  core::dispatch_dtype(cost.type, [&](auto storage) {
+    using S = decltype(storage);
+    body(DenseCost<S>{static_cast<const S*>(cost.dense), cost.offset, cost.m});
+  });
+}
 
 // Potentials and 1/eps of a plan exp((f_i + g_j - c_ij) / eps).
 struct SinkhornPoint {
