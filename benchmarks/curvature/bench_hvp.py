@@ -6,7 +6,6 @@ PYTHONPATH=. python benchmarks/curvature/bench_hvp.py [--json FILE] [--rounds 15
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,14 +19,7 @@ import paired
 import torch_ext
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    paired.steady_heap()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def measure(arguments: argparse.Namespace) -> paired.Results:
     model = nn.Sequential(nn.Linear(512, 1024), nn.Tanh(), nn.Linear(1024, 512), nn.Tanh(), nn.Linear(512, 10))
     params = list(model.parameters())
     x, y = torch.randn(32, 512), torch.randint(10, (32,))
@@ -49,12 +41,9 @@ def main() -> None:
         },
         arguments.rounds,
     )
-    results = {f"{name} / gradient": paired.ratio(times, name, "gradient") for name in times if name != "gradient"}
-    for name, value in results.items():
-        print(f"  {name:40s} {value:8.3f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"Hessian-vector product, MLP": results, "machine": paired.machine()}))
+    ratios = {f"{name} / gradient": paired.ratio(times, name, "gradient") for name in times if name != "gradient"}
+    yield "Hessian-vector product, MLP", ratios
 
 
 if __name__ == "__main__":
-    main()
+    paired.main(__doc__, measure)

@@ -10,7 +10,6 @@ and all that a pruner needs first: the diagonal of the inverse.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -81,27 +80,13 @@ def many_small_blocks(rounds: int) -> dict[str, float]:
     return {f"{name} us/block": 1e3 * paired.milliseconds(times, name) * block / d for name in times if name != "self"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    paired.steady_heap()
-    torch.set_num_threads(1)
+def measure(arguments: argparse.Namespace) -> paired.Results:
     rounds = arguments.rounds
-    results = {
-        "StaticFisher, m=512, d=20000, one block": compare(512, 20_000, None, rounds),
-        "StaticFisher, m=64, d=64000, blocks of 128": compare(64, 64_000, 128, rounds),
-        "StaticFisher, m=256, d=12800, blocks of 128": compare(256, 12_800, 128, rounds),
-        "StaticFisher, m=64, 100000 blocks of 50, float32": many_small_blocks(rounds),
-    }
-    for title, values in results.items():
-        print(title)
-        for name, value in values.items():
-            print(f"  {name:48s} {value:10.4g}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**results, "machine": paired.machine()}))
+    yield "StaticFisher, m=512, d=20000, one block", compare(512, 20_000, None, rounds)
+    yield "StaticFisher, m=64, d=64000, blocks of 128", compare(64, 64_000, 128, rounds)
+    yield "StaticFisher, m=256, d=12800, blocks of 128", compare(256, 12_800, 128, rounds)
+    yield "StaticFisher, m=64, 100000 blocks of 50, float32", many_small_blocks(rounds)
 
 
 if __name__ == "__main__":
-    main()
+    paired.main(__doc__, measure)

@@ -10,7 +10,6 @@ plan itself.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import warnings
@@ -125,27 +124,13 @@ def gradients(problem: Problem, rounds: int) -> dict[str, float]:
     return {f"{side} / forward": paired.ratio(times, side, "forward") for side in times if side != "forward"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    paired.steady_heap()
-    torch.set_num_threads(1)
+def run(arguments: argparse.Namespace) -> paired.Results:
     everything = problems()
-    results = {}
     for name, eta in TABLE_PASSES:
         rounds = arguments.rounds if (name, eta) == ("random", 1200) else min(3, arguments.rounds)
-        title = f"sinkhorn_newton: {name}, eta {eta}"
-        results[title] = measure(name, everything[name], eta, rounds)
-    results["sinkhorn_newton: derivatives, random, eta 1200"] = gradients(everything["random"], arguments.rounds)
-    for title, values in results.items():
-        print(title)
-        for label, value in values.items():
-            print(f"  {label:36s} {value:10.4g}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**results, "machine": paired.machine()}))
+        yield f"sinkhorn_newton: {name}, eta {eta}", measure(name, everything[name], eta, rounds)
+    yield "sinkhorn_newton: derivatives, random, eta 1200", gradients(everything["random"], arguments.rounds)
 
 
 if __name__ == "__main__":
-    main()
+    paired.main(__doc__, run)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -125,23 +124,11 @@ def measure(n: int, rounds: int) -> dict[str, float]:
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    paired.steady_heap()
-    torch.set_num_threads(1)
-    results = {}
+def run(arguments: argparse.Namespace) -> paired.Results:
     for n in (256, 4096):
         title = f"SNELL {ROWS} x {COLUMNS}, rank {RANK}, {n} rows, forward and backward"
-        results[title] = measure(n, arguments.rounds)
-        print(title)
-        for name, value in results[title].items():
-            print(f"  {name:50s} {value:10.3f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**results, "machine": paired.machine()}))
+        yield title, measure(n, arguments.rounds)
 
 
 if __name__ == "__main__":
-    main()
+    paired.main(__doc__, run)

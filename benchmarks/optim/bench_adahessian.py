@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -242,31 +241,16 @@ def digits_run(data: Tensor, seed: int, update_each: int) -> float:
     return (model(x[1400:]).argmax(1) == y[1400:]).float().mean().item()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    paired.steady_heap()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def measure(arguments: argparse.Namespace) -> paired.Results:
+    rounds = arguments.rounds
     small = Task(mlp, torch.randn(32, 512), torch.randint(10, (32,)))
     large = Task(resnet20, torch.randn(64, 3, 32, 32), torch.randint(10, (64,)))
-    results = {
-        "machine": paired.machine(),
-        "step alone (MLP, g and Hz given)": step_alone(arguments.rounds),
-        "200 tensors of 1,000 elements": small_tensors(arguments.rounds),
-        "iteration, MLP": iterations(small, arguments.rounds),
-        "iteration, ResNet-20": iterations(large, arguments.rounds),
-        "digits test accuracy": digits_accuracy(),
-    }
-    for title, values in results.items():
-        print(title if isinstance(values, dict) else f"{title}: {values}")
-        for name, value in values.items() if isinstance(values, dict) else ():
-            print(f"  {name:32s} {value:10.4g}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+    yield "step alone (MLP, g and Hz given)", step_alone(rounds)
+    yield "200 tensors of 1,000 elements", small_tensors(rounds)
+    yield "iteration, MLP", iterations(small, rounds)
+    yield "iteration, ResNet-20", iterations(large, rounds)
+    yield "digits test accuracy", digits_accuracy()
 
 
 if __name__ == "__main__":
-    main()
+    paired.main(__doc__, measure)

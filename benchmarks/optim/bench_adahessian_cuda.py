@@ -6,7 +6,6 @@ PYTHONPATH=. python benchmarks/optim/bench_adahessian_cuda.py [--json FILE] [--r
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,12 +26,7 @@ def synchronized(run: Callable[[], object]) -> Callable[[], object]:
     return timed
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    results: dict[str, object] = {"machine": torch.cuda.get_device_name()}
+def measure(arguments: argparse.Namespace) -> paired.Results:
     for numel in (1_000_000, 100_000_000):
         param = torch.nn.Parameter(torch.randn(numel, device="cuda"))
         param.grad = torch.randn_like(param)
@@ -49,15 +43,15 @@ def main() -> None:
             arguments.rounds,
         )
         copy, step, fused = "copy (8 bytes)", "AdaHessian step (40 bytes)", "AdamW fused (28 bytes)"
-        results[f"{numel} float32 parameters"] = {
-            "step ms": paired.milliseconds(times, step),
-            "step bandwidth / copy bandwidth": 40 / 8 / paired.ratio(times, step, copy),
-            "step bandwidth / AdamW bandwidth": 40 / 28 / paired.ratio(times, step, fused),
-        }
-    print(json.dumps(results, indent=1))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results))
+        yield (
+            f"{numel} float32 parameters",
+            {
+                "step ms": paired.milliseconds(times, step),
+                "step bandwidth / copy bandwidth": 40 / 8 / paired.ratio(times, step, copy),
+                "step bandwidth / AdamW bandwidth": 40 / 28 / paired.ratio(times, step, fused),
+            },
+        )
 
 
 if __name__ == "__main__":
-    main()
+    paired.main(__doc__, measure, name=torch.cuda.get_device_name)

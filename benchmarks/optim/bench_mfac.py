@@ -18,11 +18,9 @@ The windows hold made-up rows, and the Gram matrix is that of orthogonal rows: t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -189,33 +187,22 @@ def available_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--num-grads", type=int, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--dim", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
-    arguments = parser.parse_args()
-    paired.steady_heap()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    results: dict[str, Any] = {"machine": paired.machine()}
+def measure(arguments: argparse.Namespace) -> paired.Results:
     for m in arguments.num_grads:
-        results[f"M-FAC, the m x m part, m = {m}"] = small_part(m, arguments.rounds)
+        yield f"M-FAC, the m x m part, m = {m}", small_part(m, arguments.rounds)
     for m in arguments.num_grads:
         for d in arguments.dim:
             needed = 4 * m * d * 3  # three float32 windows: ours and the plain one, and the narrow ones together
             if needed > 0.8 * available_bytes():
                 print(f"m = {m}, d = {d:,}: left out, it needs {needed / 1e9:.1f} GB", file=sys.stderr)
                 continue
-            results[f"M-FAC step, m = {m}, d = {d:,}"] = steps(m, d, arguments.rounds)
-    for title, values in results.items():
-        print(title if isinstance(values, dict) else f"{title}: {values}")
-        for name, value in values.items() if isinstance(values, dict) else ():
-            print(f"  {name:32s} {value:10.4g}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+            yield f"M-FAC step, m = {m}, d = {d:,}", steps(m, d, arguments.rounds)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-grads", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--dim", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
 
 
 if __name__ == "__main__":
-    main()
+    paired.main(__doc__, measure, add_arguments=add_arguments)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import json
 import platform
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -67,3 +69,33 @@ def machine() -> str:
     return (
         f"{model}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, Python {platform.python_version()}"
     )
+
+
+Results = Iterable[tuple[str, dict[str, float]]]
+
+
+def main(
+    description: str | None,
+    measure: Callable[[argparse.Namespace], Results],
+    *,
+    add_arguments: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+    name: Callable[[], str] = machine,
+) -> None:
+    """A benchmark program: one thread, prints tables as `measure` yields them, writes them with --json FILE."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds behind each median")
+    add_arguments(parser)
+    arguments = parser.parse_args()
+    steady_heap()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    results: dict[str, object] = {"machine": name()}
+    print(results["machine"])
+    for title, values in measure(arguments):
+        results[title] = values
+        print(title)
+        for label, value in values.items():
+            print(f"  {label:50s} {value:10.4g}", flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))

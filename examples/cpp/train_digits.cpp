@@ -2,10 +2,7 @@
 //
 //   build/bin/train_digits [--data FILE] [--epochs 20] [--seed 0] [--optimizer AdaHessian|AdamW|SGD] [--json FILE]
 //
-// Model: features - 64 - classes, tanh; cross-entropy; features divided by their largest value (16 for the digits);
-// a random 78 % of the rows (1400 of the 1797 digits) train, the others test.
-// Every random number comes from torch's generator, in the order in which examples/python/train_digits.py draws them:
-// both programs, and all optimizers, see the same split, the same initial weights and the same batches.
+// Model, split and batches: common/training.h. examples/python/train_digits.py is the same program.
 //
 // The table:
 //   final train loss     mean cross-entropy over the training rows after the last epoch
@@ -17,201 +14,73 @@
 #include <torch_ext/optim/adahessian.h>
 
 #include <CLI/CLI.hpp>
-#include <algorithm>
-#include <cerrno>
-#include <chrono>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <fstream>
-#include <functional>
-#include <iomanip>
-#include <iostream>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "common/csv.h"
-#include "common/progress.h"
-#include "common/table.h"
+#include "common/training.h"
 
 namespace {
 
-namespace F = torch::nn::functional;
-
-struct Arguments {
-  std::string data = "examples/data/digits.csv", optimizer = "all", scale = "all", json;
-  int epochs = 20, batch = 100, update_each = 1;
-  uint64_t seed = 0;
-  bool quiet = false;
-};
-
-struct Split {
-  torch::Tensor train_x, train_y, test_x, test_y;
-  int64_t classes;
-};
-
-struct Run {
-  std::string name;
-  torch::nn::Sequential model;
-  std::unique_ptr<torch::optim::Optimizer> optimizer;
-  std::vector<double> train_loss, test_accuracy, seconds;  // one value an epoch
-};
-
-using Parameters = std::vector<torch::Tensor>;
-using MakeOptimizer = std::function<std::unique_ptr<torch::optim::Optimizer>(Parameters)>;
+using examples::MakeOptimizer, examples::Parameters, examples::Run;
+using torch_ext::optim::AdaHessian, torch_ext::optim::AdaHessianOptions;
 
 // The one line that differs.
-std::vector<std::pair<std::string, MakeOptimizer>> optimizers(const Arguments& args) {
-  using torch_ext::optim::AdaHessian, torch_ext::optim::AdaHessianOptions;
+std::vector<std::pair<std::string, MakeOptimizer>> optimizers(int update_each) {
   using namespace torch::optim;
   return {
       {"AdaHessian",
-       [&](Parameters p) {
-         return std::make_unique<AdaHessian>(
-             p, AdaHessianOptions(0.15).linear_averaging("row").update_each(args.update_each));
+       [=](Parameters p) {
+         return std::make_unique<AdaHessian>(p,
+                                             AdaHessianOptions(0.15).linear_averaging("row").update_each(update_each));
        }},
       {"AdamW", [](Parameters p) { return std::make_unique<AdamW>(p, AdamWOptions(1e-2)); }},
       {"SGD", [](Parameters p) { return std::make_unique<SGD>(p, SGDOptions(0.1).momentum(0.9)); }},
   };
 }
 
-Split load(const Arguments& args) {
-  const auto data = examples::read_csv(args.data);
-  const auto x = examples::scale_features(data.x, args.scale == "column");
-  torch::manual_seed(args.seed);
-  const auto order = torch::randperm(x.size(0));
-  const auto train = order.slice(0, 0, x.size(0) * 1400 / 1797), test = order.slice(0, train.size(0));
-  return {x.index({train}), data.y.index({train}), x.index({test}), data.y.index({test}), data.classes};
-}
-
-Run start(const std::string& name, const MakeOptimizer& make, const Split& data, const Arguments& args) {
-  torch::manual_seed(args.seed);
-  torch::nn::Linear hidden(data.train_x.size(1), 64), output(64, data.classes);  // named: C++ does not order arguments
-  torch::nn::Sequential model(hidden, torch::nn::Tanh(), output);
-  return {name, model, make(model->parameters()), {}, {}, {}};
-}
-
-void train_step(Run& run, const torch::Tensor& x, const torch::Tensor& y) {
-  const bool differentiates_itself = dynamic_cast<torch_ext::optim::AdaHessian*>(run.optimizer.get()) != nullptr;
+void train_step(Run& run, const torch::Tensor& x, const torch::Tensor& y, double /*left*/) {
+  const bool differentiates_itself = dynamic_cast<AdaHessian*>(run.optimizer.get()) != nullptr;
   run.optimizer->zero_grad();
   run.optimizer->step([&] {
-    auto loss = F::cross_entropy(run.model->forward(x), y);
+    auto loss = torch::nn::functional::cross_entropy(run.model->forward(x), y);
     if (!differentiates_itself) loss.backward();
     return loss;
   });
 }
 
-void train_epoch(Run& run, const Split& data, const std::vector<torch::Tensor>& batches) {
-  const auto begin = std::chrono::steady_clock::now();
-  for (const auto& batch : batches) train_step(run, data.train_x.index({batch}), data.train_y.index({batch}));
-  run.seconds.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
-}
-
-void evaluate(Run& run, const Split& data) {
-  const torch::NoGradGuard no_grad;
-  run.train_loss.push_back(F::cross_entropy(run.model->forward(data.train_x), data.train_y).item<double>());
-  const auto right = run.model->forward(data.test_x).argmax(1).eq(data.test_y).sum().item<double>();
-  run.test_accuracy.push_back(right / static_cast<double>(data.test_y.size(0)));
-}
-
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return (values[(values.size() - 1) / 2] + values[values.size() / 2]) / 2;
-}
-
 void print_results(const std::vector<Run>& runs) {
-  const auto adamw = std::find_if(runs.begin(), runs.end(), [](const Run& run) { return run.name == "AdamW"; });
+  using examples::format;
   std::vector<std::vector<std::string>> rows{
       {"optimizer", "final train loss", "test accuracy", "s/epoch", "x first-order cost"}};
   for (const auto& run : runs) {
-    std::string cost = "-";
-    if (adamw != runs.end()) {
-      auto ratios = run.seconds;
-      std::transform(ratios.begin(), ratios.end(), adamw->seconds.begin(), ratios.begin(), std::divides<>());
-      cost = examples::format("%.2f", median(ratios));
-    }
-    rows.push_back({run.name, examples::format("%.4f", run.train_loss.back()),
-                    examples::format("%.4f", run.test_accuracy.back()), examples::format("%.4f", median(run.seconds)),
-                    cost});
+    rows.push_back({run.name, format("%.4f", run.train_loss.back()), format("%.4f", run.test_accuracy.back()),
+                    format("%.4f", examples::median(run.seconds)), examples::relative_cost(run, runs, "AdamW")});
   }
   examples::print_table(rows);
 }
 
-// The format of examples/python/train_digits.py, read by examples/python/plot_digits.py.
-void write_json(const std::vector<Run>& runs, const Split& data, const Arguments& args) {
-  std::ofstream out(args.json);
-  out << std::setprecision(17) << "{\"language\": \"C++\", \"torch\": \"" TORCH_VERSION "\", \"seed\": " << args.seed
-      << ", \"epochs\": " << args.epochs << ", \"batch\": " << args.batch << ", \"update_each\": " << args.update_each
-      << ", \"train_rows\": " << data.train_y.size(0) << ", \"test_rows\": " << data.test_y.size(0) << ", \"runs\": [";
-  const auto list = [&out](const char* key, const std::vector<double>& values) {
-    out << ", \"" << key << "\": [";
-    for (std::size_t i = 0; i < values.size(); ++i) {
-      out << (i ? ", " : "");
-      std::isfinite(values[i]) ? out << values[i] : out << "NaN";
-    }
-    out << "]";
-  };
-  for (const auto& run : runs) {
-    out << (&run == &runs[0] ? "\n" : ",\n") << "{\"optimizer\": \"" << run.name << "\"";
-    list("train_loss", run.train_loss);
-    list("test_accuracy", run.test_accuracy);
-    list("seconds", run.seconds);
-    out << "}";
-  }
-  out << "\n]}\n";
-  if (!out.flush()) throw std::runtime_error(args.json + ": cannot be written: " + std::strerror(errno));
-}
-
 }  // namespace
 
-int main(int argc, char** argv) try {
-  Arguments args;
+int main(int argc, char** argv) {
+  examples::TrainingArguments args;
+  std::string optimizer = "all";
+  int update_each = 1;
   CLI::App app("Trains a digits classifier with AdaHessian, AdamW and SGD and compares them.");
-  app.option_defaults()->always_capture_default();
-  app.add_option("--data", args.data, "CSV: numeric features, last column an integer label, header optional");
-  app.add_option("--scale", args.scale, "one factor for all features, or one a column")
-      ->check(CLI::IsMember({"all", "column"}));
-  app.add_option("--epochs", args.epochs, "passes over the training rows")->check(CLI::Range(1, 1000000));
-  app.add_option("--batch", args.batch, "rows per step")->check(CLI::Range(1, 1000000));
-  app.add_option("--seed", args.seed, "of the split, the initial weights and the batches");
-  app.add_option("--optimizer", args.optimizer)->check(CLI::IsMember({"all", "AdaHessian", "AdamW", "SGD"}));
-  app.add_option("--update-each", args.update_each, "AdaHessian: refresh the curvature every so many steps")
+  examples::add_training_options(app, args);
+  app.add_option("--optimizer", optimizer)->check(CLI::IsMember({"all", "AdaHessian", "AdamW", "SGD"}));
+  app.add_option("--update-each", update_each, "AdaHessian: refresh the curvature every so many steps")
       ->check(CLI::Range(1, 1000000));
-  app.add_option("--json", args.json, "write the curves to this file");
-  app.add_flag("--quiet", args.quiet, "no progress, only the table");
-  try {
-    app.parse(argc, argv);
-  } catch (const CLI::ParseError& error) {
-    return app.exit(error) == 0 ? 0 : 2;
-  }
-
-  torch::set_num_threads(1);  // a network this small runs fastest so
-  const auto data = load(args);
-  std::vector<Run> runs;
-  for (const auto& [name, make] : optimizers(args)) {
-    if (args.optimizer == "all" || args.optimizer == name) runs.push_back(start(name, make, data, args));
-  }
-  const examples::Progress progress("epoch", args.epochs, args.quiet);
-  for (int epoch = 1; epoch <= args.epochs; ++epoch) {
-    const auto batches = torch::randperm(data.train_y.size(0)).split(args.batch);
-    std::string news = "loss";
-    for (auto& run : runs) {
-      train_epoch(run, data, batches);
-      evaluate(run, data);
-      news += examples::format("  %s %.4f", run.name.c_str(), run.train_loss.back());
+  return examples::run_program("train_digits", app, argc, argv, [&] {
+    torch::set_num_threads(1);  // a network this small runs fastest so
+    const auto data = examples::load_split(args);
+    std::vector<Run> runs;
+    for (const auto& [name, make] : optimizers(update_each)) {
+      if (optimizer == "all" || optimizer == name) runs.push_back(examples::start_run(name, make, data, args.seed));
     }
-    progress.update(epoch, news);
-  }
-  print_results(runs);
-  if (!args.json.empty()) write_json(runs, data, args);
-  return 0;
-} catch (const examples::CsvError& error) {
-  std::cerr << error.what() << "\n";
-  return 2;
-} catch (const std::exception& error) {
-  std::cerr << "train_digits: " << error.what() << "\n";
-  return 1;
+    examples::train_in_turns(runs, data, args, train_step);
+    print_results(runs);
+    examples::write_curves(runs, data, args, {{"update_each", update_each}});
+  });
 }

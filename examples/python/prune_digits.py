@@ -28,7 +28,7 @@ import torch
 from common import CsvError, Progress, print_table
 from torch import nn
 from torch.nn import functional as F
-from train_digits import Split, load
+from training import Split, load_split
 
 from torch_ext.curvature import prune_model
 
@@ -100,7 +100,7 @@ def prune_steps(model: nn.Module, method: str, data: Split, args: argparse.Names
 
 
 def run_seed(args: argparse.Namespace, seed: int, progress: Progress, done: int) -> list[Row]:
-    data = load(argparse.Namespace(data=args.data, scale=args.scale, seed=seed))
+    data = load_split(argparse.Namespace(data=args.data, scale=args.scale, seed=seed))
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(data.train_x.size(1), 64), nn.Tanh(), nn.Linear(64, data.classes))
     train(model, data, args.epochs, args.batch, lr=1e-2)
