@@ -2,14 +2,28 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+#include <c10/util/SmallVector.h>
 
 #include <functional>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
 #include "ops/sinkhorn_newton/sinkhorn_solver_kernel.h"
 
 namespace torch_ext::ops {
+
+using SymSizes = c10::SmallVector<c10::SymInt, 5>;
+
+// All sizes but the last `own`.
+inline c10::SymIntArrayRef leading(const at::Tensor& tensor, int64_t own) {
+  return tensor.sym_sizes().slice(0, static_cast<size_t>(tensor.dim() - own));
+}
+inline SymSizes with(SymSizes sizes, std::initializer_list<c10::SymInt> last) {
+  sizes.append(last.begin(), last.end());
+  return sizes;
+}
 
 struct SinkhornSettings {
   const char* op;  // named in messages

@@ -19,17 +19,6 @@ namespace {
 
 constexpr const char* kOp = "sinkhorn_newton";
 
-using SymSizes = c10::SmallVector<c10::SymInt, 5>;
-
-c10::SymIntArrayRef leading(const at::Tensor& tensor, int64_t own) {
-  return tensor.sym_sizes().slice(0, static_cast<size_t>(tensor.dim() - own));
-}
-
-SymSizes with(SymSizes sizes, std::initializer_list<c10::SymInt> last) {
-  sizes.append(last.begin(), last.end());
-  return sizes;
-}
-
 void check_marginal(const char* name, const at::Tensor& marginal, const at::Tensor& C, int64_t dim) {
   const at::ScalarType wanted = core::arithmetic_type(C.scalar_type());
   TORCH_CHECK_TYPE(marginal.scalar_type() == wanted, kOp, ": ", name, " has dtype ", marginal.scalar_type(),

@@ -18,56 +18,46 @@
 namespace torch_ext::ops {
 namespace {
 
-constexpr const char* kOp = "sinkhorn_points";
+constexpr const char* kPointsOp = "sinkhorn_points";
 using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-using SymSizes = c10::SmallVector<c10::SymInt, 5>;
-
-c10::SymIntArrayRef leading(const at::Tensor& tensor, int64_t own) {
-  return tensor.sym_sizes().slice(0, static_cast<size_t>(tensor.dim() - own));
-}
-
-SymSizes with(const SymSizes& sizes, std::initializer_list<c10::SymInt> last) {
-  SymSizes all(sizes);
-  all.append(last.begin(), last.end());
-  return all;
-}
 
 SymSizes check_points(const at::Tensor& x, const at::Tensor& y) {
-  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, kOp, ": x has dtype ",
+  TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, kPointsOp, ": x has dtype ",
                    x.scalar_type(), "; points are float32 or float64");
-  TORCH_CHECK_TYPE(y.scalar_type() == x.scalar_type(), kOp, ": y has dtype ", y.scalar_type(), ", x ", x.scalar_type());
-  TORCH_CHECK_VALUE(y.device() == x.device(), kOp, ": y is on ", y.device(), ", x on ", x.device());
-  TORCH_CHECK_VALUE(x.dim() >= 2 && y.dim() >= 2 && x.sym_size(-1) == y.sym_size(-1), kOp,
+  TORCH_CHECK_TYPE(y.scalar_type() == x.scalar_type(), kPointsOp, ": y has dtype ", y.scalar_type(), ", x ",
+                   x.scalar_type());
+  TORCH_CHECK_VALUE(y.device() == x.device(), kPointsOp, ": y is on ", y.device(), ", x on ", x.device());
+  TORCH_CHECK_VALUE(x.dim() >= 2 && y.dim() >= 2 && x.sym_size(-1) == y.sym_size(-1), kPointsOp,
                     ": x must be [..., n, d] and y [..., m, d], got shapes ", x.sym_sizes(), " and ", y.sym_sizes());
-  TORCH_CHECK_VALUE(x.sym_size(-2) > 0 && y.sym_size(-2) > 0, kOp, ": both sides need at least one point, got shapes ",
-                    x.sym_sizes(), " and ", y.sym_sizes());
+  TORCH_CHECK_VALUE(x.sym_size(-2) > 0 && y.sym_size(-2) > 0, kPointsOp,
+                    ": both sides need at least one point, got shapes ", x.sym_sizes(), " and ", y.sym_sizes());
   const auto batch = at::infer_size_symdimvector(leading(x, 2), leading(y, 2));
   return {batch.begin(), batch.end()};
 }
 
 void check_weight(const char* name, const at::Tensor& weight, const at::Tensor& points) {
-  TORCH_CHECK_TYPE(weight.scalar_type() == points.scalar_type(), kOp, ": ", name, " has dtype ", weight.scalar_type(),
-                   ", the points ", points.scalar_type());
-  TORCH_CHECK_VALUE(weight.device() == points.device(), kOp, ": ", name, " is on ", weight.device(), ", the points on ",
-                    points.device());
-  TORCH_CHECK_VALUE(weight.dim() >= 1 && weight.sym_size(-1) == points.sym_size(-2), kOp, ": ", name, " has shape ",
-                    weight.sym_sizes(), ", its points ", points.sym_sizes());
+  TORCH_CHECK_TYPE(weight.scalar_type() == points.scalar_type(), kPointsOp, ": ", name, " has dtype ",
+                   weight.scalar_type(), ", the points ", points.scalar_type());
+  TORCH_CHECK_VALUE(weight.device() == points.device(), kPointsOp, ": ", name, " is on ", weight.device(),
+                    ", the points on ", points.device());
+  TORCH_CHECK_VALUE(weight.dim() >= 1 && weight.sym_size(-1) == points.sym_size(-2), kPointsOp, ": ", name,
+                    " has shape ", weight.sym_sizes(), ", its points ", points.sym_sizes());
 }
 
 PointTensors points_meta(const at::Tensor& x, const at::Tensor& y, const at::Tensor& a, const at::Tensor& b, double eps,
                          std::optional<double> tol, int64_t max_iter, std::string_view mode,
                          const std::optional<at::Tensor>& f0) {
-  check_settings(kOp, eps, tol, max_iter);
-  sinkhorn_mode(kOp, std::string(mode));
+  check_settings(kPointsOp, eps, tol, max_iter);
+  sinkhorn_mode(kPointsOp, std::string(mode));
   const SymSizes points = check_points(x, y);
   check_weight("a", a, x);
   check_weight("b", b, y);
   const auto weights = at::infer_size_symdimvector(leading(a, 1), leading(b, 1));
   const auto both = at::infer_size_symdimvector(points, weights);
   const SymSizes batch(both.begin(), both.end());
-  TORCH_CHECK_VALUE(!f0.has_value() || (f0->dim() >= 1 && f0->sym_size(-1) == x.sym_size(-2)), kOp,
+  TORCH_CHECK_VALUE(!f0.has_value() || (f0->dim() >= 1 && f0->sym_size(-1) == x.sym_size(-2)), kPointsOp,
                     ": f0 must be [..., n] like a");
   const auto options = x.options().requires_grad(false), wide = options.dtype(at::kDouble);
   return {at::empty_symint(batch, options), at::empty_symint(with(batch, {x.sym_size(-2)}), wide),
@@ -108,7 +98,7 @@ CostView point_view(const at::Tensor& all_x, const at::Tensor& all_y, int64_t pr
   if (rows.defined()) x = x.index_select(0, rows);
   if (columns.defined()) y = y.index_select(0, columns);
   const double bound = cost_bound(x, y);
-  TORCH_CHECK_VALUE(std::isfinite(bound), kOp, ": a point of problem ", problem, " is not finite");
+  TORCH_CHECK_VALUE(std::isfinite(bound), kPointsOp, ": a point of problem ", problem, " is not finite");
   return transposed ? view_of(y, x, bound) : view_of(x, y, bound);
 }
 
@@ -119,7 +109,7 @@ PointTensors points_op(const at::Tensor& x, const at::Tensor& y, const at::Tenso
   auto [value, f, g, info] = out;
   if (value.numel() == 0) return out;
   const c10::DeviceGuard guard(x.device());
-  const SinkhornSettings settings = settings_for(kOp, x.scalar_type(), eps, tol, max_iter, std::string(mode));
+  const SinkhornSettings settings = settings_for(kPointsOp, x.scalar_type(), eps, tol, max_iter, std::string(mode));
   const at::Tensor all_x = flat(x, value.sizes()), all_y = flat(y, value.sizes());
   const BatchSolution solution =
       solve_batch(settings, flat_host(a, value.sizes()), flat_host(b, value.sizes()),
@@ -249,7 +239,7 @@ TensorPair call_displacement(const at::Tensor& x, const at::Tensor& y, const at:
 PointTensors sinkhorn_points(const at::Tensor& x, const at::Tensor& y, const at::Tensor& a, const at::Tensor& b,
                              const SinkhornOptions& options, const std::optional<at::Tensor>& f0) {
   auto out = call_sinkhorn_points(x, y, a, b, options.eps(), options.tol(), options.max_iter(), options.mode(), f0);
-  if (const std::string text = sinkhorn_unconverged(kOp, std::get<3>(out)); !text.empty()) {
+  if (const std::string text = sinkhorn_unconverged(kPointsOp, std::get<3>(out)); !text.empty()) {
     TORCH_WARN(text);
   }
   return out;

@@ -15,7 +15,7 @@ namespace {
 using kernels::SnellRule;
 using Tensors = std::vector<at::Tensor>;
 
-constexpr int64_t kTile = 256;  // a tile's graph holds some twenty tensors of its size
+constexpr int64_t kSecondTile = 256;  // a tile's graph holds some twenty tensors of its size
 
 // What one tile depends on; the last two only where the threshold counts.
 struct Leaves {
@@ -63,10 +63,10 @@ at::Tensor magnitude(const SnellLayer& layer, const kernels::SnellBlock& block) 
 
 template <typename Body>
 void for_each_tile(const SnellLayer& layer, const Body& body) {
-  for (int64_t i = 0; i < layer.weights.rows; i += kTile) {
-    for (int64_t j = 0; j < layer.weights.columns; j += kTile) {
-      body(kernels::SnellBlock{i, std::min(kTile, layer.weights.rows - i), j,
-                               std::min(kTile, layer.weights.columns - j)});
+  for (int64_t i = 0; i < layer.weights.rows; i += kSecondTile) {
+    for (int64_t j = 0; j < layer.weights.columns; j += kSecondTile) {
+      body(kernels::SnellBlock{i, std::min(kSecondTile, layer.weights.rows - i), j,
+                               std::min(kSecondTile, layer.weights.columns - j)});
     }
   }
 }

@@ -10,11 +10,10 @@
 #include "core/check.h"
 #include "core/list_ops.h"
 #include "curvature/hvp/hvp.h"
+#include "optim/adahessian/adahessian_op.h"
 
 namespace torch_ext::optim {
 namespace {
-
-constexpr const char* kName = "AdaHessian";
 
 bool any_graph(const std::vector<at::Tensor>& grads) {
   return std::any_of(grads.begin(), grads.end(), [](const at::Tensor& g) { return g.defined() && g.requires_grad(); });
@@ -23,7 +22,7 @@ bool any_graph(const std::vector<at::Tensor>& grads) {
 void check_all(const AdaHessianRequest& request, const std::vector<at::Tensor>& grads) {
   for (size_t i = 0; i < grads.size(); ++i) {
     if (grads[i].defined()) {
-      core::check_gradient(kName, static_cast<size_t>(request.probes.ordinals[i]), request.params[i], grads[i]);
+      core::check_gradient(kAdaHessian, static_cast<size_t>(request.probes.ordinals[i]), request.params[i], grads[i]);
     }
   }
 }
@@ -63,14 +62,14 @@ std::vector<at::Tensor> external_hessian(const AdaHessianRequest& request) {
       result.push_back(at::zeros_like(param, param.options().requires_grad(false)));
       continue;
     }
-    TORCH_CHECK_TYPE(given.layout() == at::kStrided && !given.is_complex(), kName, ": hessian of ",
+    TORCH_CHECK_TYPE(given.layout() == at::kStrided && !given.is_complex(), kAdaHessian, ": hessian of ",
                      core::describe("parameter", static_cast<size_t>(request.probes.ordinals[i]), param),
                      " is sparse or complex");
     bool fits = given.dim() == param.dim() && given.device() == param.device();
     for (int64_t d = 0; fits && d < param.dim(); ++d) {
       fits = given.size(d) == param.size(d) || (given.size(d) != 0 && param.size(d) % given.size(d) == 0);
     }
-    TORCH_CHECK_VALUE(fits, kName, ": hessian of ",
+    TORCH_CHECK_VALUE(fits, kAdaHessian, ": hessian of ",
                       core::describe("parameter", static_cast<size_t>(request.probes.ordinals[i]), param),
                       " has shape ", given.sizes(), " on ", given.device());
     at::Tensor full = given.detach();
@@ -87,14 +86,15 @@ std::vector<at::Tensor> external_hessian(const AdaHessianRequest& request) {
 }  // namespace
 
 void adahessian_check_loss_scale(double scale) {
-  TORCH_CHECK_VALUE(scale > 0 && std::isfinite(scale), "Invalid loss_scale: ", scale, " (", kName,
+  TORCH_CHECK_VALUE(scale > 0 && std::isfinite(scale), "Invalid loss_scale: ", scale, " (", kAdaHessian,
                     " needs it in (0, inf))");
 }
 
 void adahessian_check_same_params(const std::vector<at::Tensor>& summed, const std::vector<at::Tensor>& now) {
   const bool same = std::equal(summed.begin(), summed.end(), now.begin(), now.end(),
                                [](const at::Tensor& a, const at::Tensor& b) { return a.is_same(b); });
-  TORCH_CHECK(same, kName, ": the parameters that take part have changed since accumulate(); its sums are discarded");
+  TORCH_CHECK(same, kAdaHessian,
+              ": the parameters that take part have changed since accumulate(); its sums are discarded");
 }
 
 AdaHessianDerivatives adahessian_derivatives(const AdaHessianRequest& request) {
@@ -103,13 +103,13 @@ AdaHessianDerivatives adahessian_derivatives(const AdaHessianRequest& request) {
   const bool estimated = request.refresh && !request.hessian.has_value();
   const bool second_order = estimated && !request.finite_difference;
   const bool from_main = second_order && !request.curvature_closure;
-  TORCH_CHECK(!estimated || !request.finite_difference || request.closure || request.curvature_closure, kName,
+  TORCH_CHECK(!estimated || !request.finite_difference || request.closure || request.curvature_closure, kAdaHessian,
               ": hvp=\"finite_difference\" evaluates the loss at shifted parameters and needs a closure");
-  TORCH_CHECK(!from_main || !request.scaler_unscaled, kName,
+  TORCH_CHECK(!from_main || !request.scaler_unscaled, kAdaHessian,
               ": GradScaler has unscaled .grad, but second derivatives still carry its scale: pass "
               "loss_scale=scaler.get_scale() to step()");
 
-  TORCH_CHECK_VALUE(!request.hessian.has_value() || request.hessian->size() == request.n_params, kName,
+  TORCH_CHECK_VALUE(!request.hessian.has_value() || request.hessian->size() == request.n_params, kAdaHessian,
                     ": hessian has ", request.hessian->size(), " tensors, the optimizer ", request.n_params,
                     " parameters");
 
@@ -129,7 +129,7 @@ AdaHessianDerivatives adahessian_derivatives(const AdaHessianRequest& request) {
     result.grads.resize(params.size());
     return result;
   }
-  TORCH_CHECK(!from_main || !main.ran_backward || any_graph(main.grads), kName,
+  TORCH_CHECK(!from_main || !main.ran_backward || any_graph(main.grads), kAdaHessian,
               ": this step refreshes the curvature and needs gradients with a graph: call "
               "loss.backward(create_graph=True) (opt.is_second_order says when), or pass a closure that returns the "
               "loss without calling backward");
@@ -143,7 +143,7 @@ AdaHessianDerivatives adahessian_derivatives(const AdaHessianRequest& request) {
     result.curvature = estimate(request, main.grads, {});
   } else if (estimated) {
     const Evaluation other = evaluate_isolated(request.curvature_closure, params, /*create_graph=*/true);
-    TORCH_CHECK(!other.ran_backward || any_graph(other.grads), kName,
+    TORCH_CHECK(!other.ran_backward || any_graph(other.grads), kAdaHessian,
                 ": curvature_closure must return its loss without calling backward, or call it with create_graph=True");
     check_all(request, other.grads);
     result.curvature = estimate(request, other.grads, {});
@@ -158,7 +158,7 @@ AdaHessianDerivatives adahessian_derivatives(const AdaHessianRequest& request) {
 
 void adahessian_accumulate(AdaHessianSums& sums, const AdaHessianRequest& request, const at::Tensor& loss,
                            double weight) {
-  TORCH_CHECK(!request.refresh || !request.finite_difference, kName,
+  TORCH_CHECK(!request.refresh || !request.finite_difference, kAdaHessian,
               ": accumulate() takes a loss, hvp=\"finite_difference\" needs a closure: pass one to step() instead");
   const auto grads = curvature::gradients(loss, request.params, request.refresh, /*keep_graph=*/false);
   check_all(request, grads);

@@ -19,8 +19,6 @@
 namespace torch_ext::optim {
 namespace {
 
-constexpr const char* kName = "AdaHessian";
-
 struct Lists {
   at::TensorList params, grads, curvature, exp_avg, exp_hessian_diag_sq, steps, bias_products;
 };
@@ -41,15 +39,15 @@ void check_tensor(const at::Tensor& param, const at::Tensor& exp_avg, const at::
   const auto fits = [&](const at::Tensor& t, at::ScalarType type) {
     return t.scalar_type() == type && t.device() == param.device();
   };
-  TORCH_CHECK_VALUE(fits(exp_avg, dtype) && exp_avg.sizes() == param.sizes(), kName, ": exp_avg of ",
+  TORCH_CHECK_VALUE(fits(exp_avg, dtype) && exp_avg.sizes() == param.sizes(), kAdaHessian, ": exp_avg of ",
                     core::describe("parameter", i, param), " must be ", dtype, " of its shape on its device");
   TORCH_CHECK_VALUE(
-      fits(second, dtype) && second.numel() * block == param.numel() && (block == 1 || second.is_contiguous()), kName,
-      ": exp_hessian_diag_sq of ", core::describe("parameter", i, param), " has shape ", second.sizes(),
+      fits(second, dtype) && second.numel() * block == param.numel() && (block == 1 || second.is_contiguous()),
+      kAdaHessian, ": exp_hessian_diag_sq of ", core::describe("parameter", i, param), " has shape ", second.sizes(),
       ", its options average over blocks of ", block);
   TORCH_CHECK_VALUE(fits(step, at::kFloat) && step.numel() == 1 && fits(bias_products, at::kDouble) &&
                         bias_products.numel() == 2 && bias_products.is_contiguous(),
-                    kName, ": step must be one float32 and bias_products two float64 on the device of ",
+                    kAdaHessian, ": step must be one float32 and bias_products two float64 on the device of ",
                     core::describe("parameter", i, param));
 }
 
@@ -139,8 +137,8 @@ void step_impl(at::TensorList params, at::TensorList grads, at::TensorList curva
   std::vector<int64_t> blocks;
   blocks.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    core::check_gradient(kName, i, params[i], grads[i]);
-    if (refresh) core::check_gradient(kName, i, params[i], curvature[i]);
+    core::check_gradient(kAdaHessian, i, params[i], grads[i]);
+    if (refresh) core::check_gradient(kAdaHessian, i, params[i], curvature[i]);
     blocks.push_back(adahessian_block(params[i], linear, block_size, average_conv, static_cast<int64_t>(i)));
     check_tensor(params[i], exp_avg[i], exp_hessian_diag_sq[i], steps[i], bias_products[i], blocks[i], i);
   }
@@ -192,7 +190,7 @@ int64_t adahessian_block(const at::Tensor& param, const std::string& linear_aver
   if (param.numel() == 0) return 1;
   if (param.dim() == 2 && linear_averaging == "row") return param.size(1);
   if (param.dim() == 2 && linear_averaging == "block") {
-    TORCH_CHECK_VALUE(block_size >= 1 && param.size(1) % block_size == 0, kName, ": block_size ", block_size,
+    TORCH_CHECK_VALUE(block_size >= 1 && param.size(1) % block_size == 0, kAdaHessian, ": block_size ", block_size,
                       " does not divide the rows of ",
                       core::describe("parameter", static_cast<size_t>(ordinal), param));
     return block_size;
@@ -242,25 +240,25 @@ void adahessian_init_state(const at::Tensor& param, const Options& options, int6
 void adahessian_check_state(const at::Tensor& param, const Options& options, const StateTensors& state) {
   const auto shape_of = [&](const char* name) { return state.find(name)->second.sizes(); };
   for (const auto& [name, tensor] : state) {
-    TORCH_CHECK_VALUE(state.count("exp_avg") != 0 || name.rfind("global_", 0) == 0, kName, ": loaded state has ", name,
-                      " but no exp_avg: it is of another optimizer");
+    TORCH_CHECK_VALUE(state.count("exp_avg") != 0 || name.rfind("global_", 0) == 0, kAdaHessian, ": loaded state has ",
+                      name, " but no exp_avg: it is of another optimizer");
     const bool counter = name == "step" || name.rfind("global_", 0) == 0;
     const int64_t numel = counter ? 1 : name == "bias_products" ? 2 : tensor.numel();
-    TORCH_CHECK_VALUE(tensor.numel() == numel, kName, ": loaded ", name, " has shape ", tensor.sizes());
+    TORCH_CHECK_VALUE(tensor.numel() == numel, kAdaHessian, ": loaded ", name, " has shape ", tensor.sizes());
   }
-  TORCH_CHECK_VALUE(state.count("exp_avg") == state.count("exp_hessian_diag_sq"), kName,
+  TORCH_CHECK_VALUE(state.count("exp_avg") == state.count("exp_hessian_diag_sq"), kAdaHessian,
                     ": loaded state has only one of exp_avg and exp_hessian_diag_sq: it is of another optimizer");
   TORCH_CHECK_VALUE(state.count("bias_products") == 0 || (state.count("step") != 0 && state.count("exp_avg") != 0),
-                    kName, ": loaded state has bias_products but lacks step or exp_avg");
+                    kAdaHessian, ": loaded state has bias_products but lacks step or exp_avg");
   if (state.count("exp_avg") != 0) {
-    TORCH_CHECK_VALUE(shape_of("exp_avg") == param.sizes(), kName, ": loaded exp_avg has shape ", shape_of("exp_avg"),
-                      ", its parameter ", param.sizes());
+    TORCH_CHECK_VALUE(shape_of("exp_avg") == param.sizes(), kAdaHessian, ": loaded exp_avg has shape ",
+                      shape_of("exp_avg"), ", its parameter ", param.sizes());
   }
   if (state.count("exp_hessian_diag_sq") != 0) {
     const auto expected = adahessian_reduced_shape(param, block_of(param, options, 0));
-    TORCH_CHECK_VALUE(shape_of("exp_hessian_diag_sq") == expected, kName, ": loaded exp_hessian_diag_sq has shape ",
-                      shape_of("exp_hessian_diag_sq"), ", the averaging options of its group make it ",
-                      at::IntArrayRef(expected));
+    TORCH_CHECK_VALUE(shape_of("exp_hessian_diag_sq") == expected, kAdaHessian,
+                      ": loaded exp_hessian_diag_sq has shape ", shape_of("exp_hessian_diag_sq"),
+                      ", the averaging options of its group make it ", at::IntArrayRef(expected));
   }
 }
 

@@ -13,6 +13,8 @@
 
 namespace torch_ext::optim {
 
+inline constexpr const char* kAdaHessian = "AdaHessian";  // in messages
+
 // Elements that share one second moment, from a parameter's shape and options; ValueError naming the parameter if
 // block_size does not divide it.
 TORCH_EXT_API int64_t adahessian_block(const at::Tensor& param, const std::string& linear_averaging, int64_t block_size,

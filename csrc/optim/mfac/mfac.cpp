@@ -14,8 +14,6 @@
 namespace torch_ext::optim {
 namespace {
 
-constexpr const char* kName = "MFAC";
-
 // Groups without options may be written as parameters only; the base class fills them in.
 std::vector<torch::optim::OptimizerParamGroup> one_group(std::vector<at::Tensor> params) {
   return {torch::optim::OptimizerParamGroup(std::move(params))};
@@ -49,7 +47,7 @@ const Schema& MFAC::static_schema() {
     return StateField{name, DType::kStored, /*on_cpu=*/false, /*shared=*/true};
   };
   static const Schema schema{
-      kName,
+      kMFAC,
       /*format_version=*/1,
       {
           {"lr", Type::kFloat, 1e-3, 0, kInf, false, true},
@@ -151,7 +149,7 @@ at::Tensor MFAC::step(LossClosure closure) {
     params.push_back(entry.param);
     ordinals.push_back(entry.ordinal);
   }
-  const Evaluation found = first_order_gradients(kName, closure, params, ordinals);
+  const Evaluation found = first_order_gradients(kMFAC, closure, params, ordinals);
   std::vector<at::Tensor> present;
   for (const at::Tensor& grad : found.grads) {
     if (grad.defined()) present.push_back(grad);

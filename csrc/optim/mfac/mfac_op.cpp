@@ -22,7 +22,7 @@ namespace {
 
 using kernels::kTile;
 using kernels::MfacTensor;
-constexpr const char* kName = "mfac_update_";
+constexpr const char* kUpdateOp = "mfac_update_";
 
 struct Lists {
   at::TensorList params, momentum_buffers, steps;
@@ -37,11 +37,11 @@ struct Lists {
 
 void check_lengths(const Lists& l) {
   const size_t n = l.params.size();
-  core::check_same_length(kName, "momentum_buffers", n, l.momentum_buffers.size());
-  core::check_same_length(kName, "steps", n, l.steps.size());
-  core::check_same_length(kName, "grads", n, l.grads.size());
+  core::check_same_length(kUpdateOp, "momentum_buffers", n, l.momentum_buffers.size());
+  core::check_same_length(kUpdateOp, "steps", n, l.steps.size());
+  core::check_same_length(kUpdateOp, "grads", n, l.grads.size());
   for (const auto& values : {l.lr, l.momentum, l.dampening, l.weight_decay}) {
-    TORCH_CHECK_VALUE(values.size() == n, kName,
+    TORCH_CHECK_VALUE(values.size() == n, kUpdateOp,
                       ": lr, momentum, dampening and weight_decay need a number for each of ", n, " parameters");
   }
 }
@@ -49,13 +49,13 @@ void check_lengths(const Lists& l) {
 void check_parameter(const Lists& l, size_t i) {
   const at::Tensor& param = l.params[i];
   const auto name = [&] { return core::describe("parameter", i, param); };
-  core::check_gradient(kName, i, param, param);
+  core::check_gradient(kUpdateOp, i, param, param);
   const at::Tensor &buffer = l.momentum_buffers[i], &step = l.steps[i];
   TORCH_CHECK_VALUE(l.momentum[i] == 0 || (buffer.sizes() == param.sizes() && buffer.device() == param.device() &&
                                            buffer.scalar_type() == core::arithmetic_type(param.scalar_type())),
-                    kName, ": the momentum buffer of ", name(), " must be ", core::arithmetic_type(param.scalar_type()),
-                    " of its shape on its device");
-  TORCH_CHECK_VALUE(step.numel() == 1 && step.scalar_type() == at::kFloat && step.device() == param.device(), kName,
+                    kUpdateOp, ": the momentum buffer of ", name(), " must be ",
+                    core::arithmetic_type(param.scalar_type()), " of its shape on its device");
+  TORCH_CHECK_VALUE(step.numel() == 1 && step.scalar_type() == at::kFloat && step.device() == param.device(), kUpdateOp,
                     ": step of ", name(), " must be one float32 on its device");
 }
 
@@ -158,7 +158,7 @@ void update_impl(at::TensorList params, at::TensorList momentum_buffers, at::Ten
   const auto type = curvature::window_arithmetic(curvature::window_format(format));
   at::Tensor flat;
   if (update.has_value()) {
-    TORCH_CHECK_VALUE(update->dim() == 1 && update->numel() >= numel, kName, ": update must be flat with at least ",
+    TORCH_CHECK_VALUE(update->dim() == 1 && update->numel() >= numel, kUpdateOp, ": update must be flat with at least ",
                       numel, " elements, got shape ", update->sizes());
     flat = update->to(type);
   } else if (!with_window) {
@@ -166,8 +166,8 @@ void update_impl(at::TensorList params, at::TensorList momentum_buffers, at::Ten
   } else {
     TORCH_CHECK_VALUE(coefficients.scalar_type() == at::kDouble && coefficients.is_contiguous() &&
                           coefficients.numel() == rows.size(1) && coefficients.device() == rows.device(),
-                      kName, ": coefficients must be float64 [num_grads + 1] on the window's device");
-    TORCH_CHECK_VALUE(numel <= rows.size(0) * kTile, kName, ": the parameters have ", numel,
+                      kUpdateOp, ": coefficients must be float64 [num_grads + 1] on the window's device");
+    TORCH_CHECK_VALUE(numel <= rows.size(0) * kTile, kUpdateOp, ": the parameters have ", numel,
                       " elements, the window's rows ", rows.size(0) * kTile);
   }
   for (const auto& bucket : core::buckets(params)) {

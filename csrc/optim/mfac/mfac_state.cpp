@@ -16,15 +16,15 @@
 #include <vector>
 
 #include "core/check.h"
+#include "curvature/fisher_window/fisher_window_functor.h"
 
 namespace torch_ext::optim {
 namespace {
 
 using curvature::FisherWindowLayout;
 using curvature::FisherWindowState;
+using kernels::kTile;
 
-constexpr const char* kName = "MFAC";
-constexpr int64_t kTile = 1024;
 constexpr int64_t kFactorForm = 6;  // element of ring; 0 makes the kernels build the factor from the Gram matrix
 
 // Key in the state and place of each tensor of a window.
@@ -98,11 +98,11 @@ at::Tensor cut(const at::Tensor& tensor, int64_t dim, int64_t unit, int64_t begi
 bool refit(StateTensors& state, const Columns& wanted) {
   const Columns have = columns_of(state);
   if (have == wanted) return false;
-  TORCH_CHECK_VALUE(have.shards == 1 || (have.shards == wanted.shards && have.shard == wanted.shard), kName,
+  TORCH_CHECK_VALUE(have.shards == 1 || (have.shards == wanted.shards && have.shard == wanted.shard), kMFAC,
                     ": this state's window holds slice ", have.shard, " of ", have.shards, ", this is process ",
                     wanted.shard, " of ", wanted.shards,
                     ": load the file that this process wrote, or one of state_dict(include_window=False)");
-  TORCH_CHECK_VALUE(have.shards == 1 || have.count == wanted.count, kName, ": parameters joined a window of ",
+  TORCH_CHECK_VALUE(have.shards == 1 || have.count == wanted.count, kMFAC, ": parameters joined a window of ",
                     have.count, " columns that ", have.shards,
                     " processes share: build a new optimizer and load state_dict(include_window=False)");
   const int64_t each = (tiles_of(wanted.count) + wanted.shards - 1) / wanted.shards;
@@ -119,7 +119,7 @@ void make_window(MFACBlock& block, const FisherWindowLayout& layout, const Colum
   const at::Device device = window_device(block);
   int64_t frozen = 0;
   for (const at::Tensor& param : block.params) frozen += param.requires_grad() ? 0 : param.numel();
-  LOG(INFO) << kName << ": a window of " << layout.num_grads << " x " << layout.dim << " in " << layout.format << " on "
+  LOG(INFO) << kMFAC << ": a window of " << layout.num_grads << " x " << layout.dim << " in " << layout.format << " on "
             << device << " takes " << curvature::fisher_window_bytes(layout) << " bytes; " << frozen
             << " columns are of parameters that require no gradient";
   const FisherWindowState window = curvature::fisher_window_state(layout, device);
@@ -154,19 +154,19 @@ void check_window(const Options& options, const StateTensors& state) {
   std::vector<std::string> names{"window_damping", "window_layout"};
   for (const auto& [name, tensor] : window_tensors()) names.push_back(name);
   for (const std::string& name : names) {
-    TORCH_CHECK_VALUE(state.count(name) != 0, kName, ": the loaded window lacks ", name);
+    TORCH_CHECK_VALUE(state.count(name) != 0, kMFAC, ": the loaded window lacks ", name);
   }
   const at::Tensor& layout = state.find("window_layout")->second;
-  TORCH_CHECK_VALUE(layout.dim() == 1 && layout.numel() > kSizesBegin && layout.is_contiguous(), kName,
+  TORCH_CHECK_VALUE(layout.dim() == 1 && layout.numel() > kSizesBegin && layout.is_contiguous(), kMFAC,
                     ": loaded window_layout has shape ", layout.sizes());
   const Columns columns = columns_of(state);
-  TORCH_CHECK_VALUE(columns.count >= 1 && columns.shard >= 0 && columns.shard < columns.shards, kName,
+  TORCH_CHECK_VALUE(columns.count >= 1 && columns.shard >= 0 && columns.shard < columns.shards, kMFAC,
                     ": loaded window_layout is (", columns.count, ", ", columns.shard, ", ", columns.shards,
                     "), no columns and slice of them");
   const int64_t sum = std::accumulate(columns.sizes.begin(), columns.sizes.end(), int64_t{0});
-  TORCH_CHECK_VALUE(sum == columns.count, kName, ": loaded window_layout has ", columns.count,
+  TORCH_CHECK_VALUE(sum == columns.count, kMFAC, ": loaded window_layout has ", columns.count,
                     " columns, its parameters ", sum, " elements");
-  curvature::fisher_window_check_state(mfac_layout(options, columns.count, columns.shards), mfac_window(state), kName);
+  curvature::fisher_window_check_state(mfac_layout(options, columns.count, columns.shards), mfac_window(state), kMFAC);
 }
 
 }  // namespace
@@ -246,7 +246,7 @@ void mfac_ready_window(MFACBlock& block, const ColumnShards& shards) {
     held = held.to(device);
     block.changed[0] = 1;
   }
-  curvature::fisher_window_check_state(layout, mfac_window(state), kName);
+  curvature::fisher_window_check_state(layout, mfac_window(state), kMFAC);
   const double damping = options.get("damping").toDouble();
   if (*state["window_damping"].const_data_ptr<double>() != damping) {
     state["window_ring"].select(0, kFactorForm).zero_();
@@ -258,7 +258,7 @@ void mfac_ready_window(MFACBlock& block, const ColumnShards& shards) {
 void mfac_check_columns(const MFACBlock& block) {
   for (size_t i = 1; i < block.states.size(); ++i) {
     TORCH_CHECK_VALUE(
-        block.states[i].count("window_layout") == 0, kName, ": ",
+        block.states[i].count("window_layout") == 0, kMFAC, ": ",
         core::describe("parameter", static_cast<size_t>(block.ordinals[i]), block.params[i]),
         " has a window, but is not the first of its block: option blocks, or the order of the parameters, "
         "is not that of the state; load state_dict(include_window=False) to fill a new window");
@@ -266,7 +266,7 @@ void mfac_check_columns(const MFACBlock& block) {
   if (block.states[0].count("window_layout") == 0) return;
   const std::vector<int64_t> have = columns_of(block.states[0]).sizes, now = sizes_of(block.params);
   const bool prefix = have.size() <= now.size() && std::equal(have.begin(), have.end(), now.begin());
-  TORCH_CHECK_VALUE(prefix, kName, ": the window has the columns of other parameters, of ", at::IntArrayRef(have),
+  TORCH_CHECK_VALUE(prefix, kMFAC, ": the window has the columns of other parameters, of ", at::IntArrayRef(have),
                     " elements; those of this optimizer have ", at::IntArrayRef(now),
                     ". Parameters may only join at the end of a window; load state_dict(include_window=False) to fill "
                     "a new one");
@@ -290,12 +290,12 @@ void mfac_check_state(const at::Tensor& param, const Options& options, const Sta
   for (const auto& [name, tensor] : state) {
     const bool buffer = name == "momentum_buffer", shared = mfac_is_window(name);
     window = window || shared;
-    TORCH_CHECK_VALUE(buffer || shared || name == "step" || name.rfind("global_", 0) == 0, kName, ": loaded state has ",
+    TORCH_CHECK_VALUE(buffer || shared || name == "step" || name.rfind("global_", 0) == 0, kMFAC, ": loaded state has ",
                       name, ": it is of another optimizer");
-    TORCH_CHECK_VALUE(buffer || shared || tensor.numel() == 1, kName, ": loaded ", name, " has shape ", tensor.sizes());
-    TORCH_CHECK_VALUE(!buffer || tensor.sizes() == param.sizes(), kName, ": loaded momentum_buffer has shape ",
+    TORCH_CHECK_VALUE(buffer || shared || tensor.numel() == 1, kMFAC, ": loaded ", name, " has shape ", tensor.sizes());
+    TORCH_CHECK_VALUE(!buffer || tensor.sizes() == param.sizes(), kMFAC, ": loaded momentum_buffer has shape ",
                       tensor.sizes(), ", its parameter ", param.sizes());
-    TORCH_CHECK_VALUE(!buffer || state.count("step") != 0, kName,
+    TORCH_CHECK_VALUE(!buffer || state.count("step") != 0, kMFAC,
                       ": loaded state has momentum_buffer but no step: it is of another optimizer");
   }
   if (window) check_window(options, state);

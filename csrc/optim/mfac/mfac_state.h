@@ -10,6 +10,8 @@
 
 namespace torch_ext::optim {
 
+inline constexpr const char* kMFAC = "MFAC";  // in messages
+
 // One window and the parameters whose elements are its columns, in order. The window is in the first one's state.
 struct MFACBlock {
   const Options* shared = nullptr;      // the options that all groups have in common
