@@ -57,7 +57,9 @@ def _substitute(a: Tensor, lines: Lines) -> tuple[Tensor, Tensor]:
     return up * au + down * al, (up * iu + down * il).sum(1)
 
 
-def pre_activations(weights: list[Tensor], biases: list[Tensor], lo: Tensor, hi: Tensor, forward: str) -> list[Interval]:
+def pre_activations(
+    weights: list[Tensor], biases: list[Tensor], lo: Tensor, hi: Tensor, forward: str
+) -> list[Interval]:
     """Bounds of what enters each ReLU: interval arithmetic, and with "crown" linear bounds by the input."""
     bounds: list[Interval] = []
     h = (lo, hi)
