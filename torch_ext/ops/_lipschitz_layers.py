@@ -153,7 +153,7 @@ class _Walk:
         name = _joined(path, node.name)
         read = [values[a] for a in node.args if isinstance(a, fx.Node) and a in values]
         if len(read) != len(node.all_input_nodes) and node.target not in _SUMS:
-            self.refuse_node(node, path, str(node.target))
+            self.refuse_node(node, path, _target_name(node))
         if node.op == "call_module" and len(node.args) == 1 and not node.kwargs:
             target = str(node.target)
             return self.module(module.get_submodule(target), _joined(path, target), read[0])

@@ -54,9 +54,9 @@ def local_lipschitz(
             the memory and time, but the gradient is not that of the bound.
 
     Returns:
-        ``L``, ``J_lo``, ``J_hi``. Differentiable once in ``x``, ``eps`` and the parameters, piecewise smooth. Bounds
-        that overflow are infinite, never NaN. At ``eps=0`` ``L`` is the norm of ``J(x)`` where no activation is at a
-        kink.
+        ``L``, ``J_lo``, ``J_hi``. Differentiable once in ``x``, ``eps`` and the parameters, piecewise smooth; with
+        ReLUs alone piecewise constant in ``x``, ``eps`` and the biases, which then get no gradient. Bounds that
+        overflow are infinite, never NaN. At ``eps=0`` ``L`` is the norm of ``J(x)`` where no activation is at a kink.
 
     Raises:
         TypeError: a layer without a bound, named by its path; a dtype.

@@ -20,8 +20,7 @@ std::vector<at::Tensor> constant_gradients(const LipschitzNetwork& network, at::
                                            const at::TensorOptions& options, bool magnitude) {
   const int64_t last = network.values() - 1, count = static_cast<int64_t>(outputs.size());
   std::vector<at::Tensor> gradients(index(network.values()));
-  const at::Tensor rows = at::tensor(outputs, at::kLong).to(options.device());
-  gradients[index(last)] = at::eye(network.output_size(), options).index_select(0, rows);
+  gradients[index(last)] = lipschitz_output_rows(network, outputs, options);
   for (int64_t v = last - 1; v >= 0; --v) {
     if (network.before_activation[index(v)]) continue;
     at::Tensor& g = gradients[index(v)];

@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <ATen/Context.h>
 
+#include <algorithm>
 #include <numeric>
 
 #include "ops/local_lipschitz/lipschitz_rows.h"
@@ -67,7 +68,11 @@ LipschitzJacobian lipschitz_jacobian(const LipschitzNetwork& network, const at::
                                      at::IntArrayRef outputs, const LipschitzMethod& method) {
   LipschitzIntervals slopes;
   {
-    const at::AutoGradMode mode(at::GradMode::is_enabled() && !method.detach_intermediate);
+    // Slopes of ReLUs are piecewise constant: nothing of the forward pass has a gradient then.
+    const bool smooth = std::any_of(network.nodes.begin(), network.nodes.end(), [](const LipschitzNode& node) {
+      return node.kind == LipschitzKind::kActivation && !lipschitz_has_alpha(node);
+    });
+    const at::AutoGradMode mode(at::GradMode::is_enabled() && smooth && !method.detach_intermediate);
     slopes = lipschitz_all_slopes(network, lipschitz_forward(network, lo, hi, method), method);
   }
   return lipschitz_backward(network, slopes, length(lo, 0), lo.options(), outputs, method);
@@ -87,11 +92,8 @@ at::Tensor lipschitz_norm_at(const LipschitzNetwork& network, const at::Tensor& 
     }
   }
   const int64_t points = length(x, 0), count = static_cast<int64_t>(outputs.size());
-  const at::Tensor rows = at::tensor(outputs, at::kLong).to(x.device());
   std::vector<at::Tensor> gradient(value.size());
-  gradient.back() = at::eye(network.output_size(), x.options().requires_grad(false))
-                        .index_select(0, rows)
-                        .expand({points, count, network.output_size()});
+  gradient.back() = lipschitz_output_rows(network, outputs, x.options()).expand({points, count, network.output_size()});
   for (size_t i = network.nodes.size(); i-- > 0;) {
     const LipschitzNode& node = network.nodes[i];
     at::Tensor g = gradient[i + 1];

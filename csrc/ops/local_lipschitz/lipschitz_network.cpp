@@ -231,6 +231,15 @@ at::Tensor like_rows(const at::Tensor& rows, const at::Tensor& of, int64_t size)
 
 int64_t length(const at::Tensor& tensor, int64_t dim) { return tensor.sym_size(dim).guard_int(__FILE__, __LINE__); }
 
+at::Tensor lipschitz_output_rows(const LipschitzNetwork& network, at::IntArrayRef outputs,
+                                 const at::TensorOptions& options) {
+  // By selection, not by an index: a tensor of indices has no data while a graph is traced.
+  const at::Tensor all = at::eye(network.output_size(), options.requires_grad(false));
+  std::vector<at::Tensor> rows;
+  for (const int64_t output : outputs) rows.push_back(all.select(0, output));
+  return at::stack(rows);
+}
+
 LipschitzNetwork make_lipschitz_network(const std::vector<at::Tensor>& tensors, at::IntArrayRef layers,
                                         at::ArrayRef<double> numbers, const std::string& names,
                                         const at::Tensor& input) {

@@ -56,6 +56,10 @@ at::Tensor lipschitz_apply_identity(const LipschitzNode& node, int64_t size, con
 // g [..., out] -> g W.
 at::Tensor lipschitz_transpose(const LipschitzNode& node, const at::Tensor& g, bool magnitude = false);
 
+// Unit vectors of the chosen outputs, [outputs, output size]: what the rows of the Jacobian start from.
+at::Tensor lipschitz_output_rows(const LipschitzNetwork& network, at::IntArrayRef outputs,
+                                 const at::TensorOptions& options);
+
 // Sizes as plain integers, also while a graph with symbolic shapes is traced.
 int64_t length(const at::Tensor& tensor, int64_t dim);
 

@@ -14,13 +14,22 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Gradients that say so when they are differentiated again.
-variable_list only_once(variable_list grads) {
+// Gradients that say so when they are differentiated again. They stay tied to what they were computed from: the engine
+// passes over a node that leads to none of the tensors it is asked about.
+variable_list only_once(variable_list grads, const variable_list& saved, const variable_list& incoming) {
   if (!at::GradMode::is_enabled()) return grads;
-  for (at::Tensor& grad : grads) grad = grad.detach().set_requires_grad(true);
-  const auto count = static_cast<int64_t>(grads.size());
-  torch::autograd::DelayedError error("local_lipschitz has no second derivative", count);
-  return error(std::move(grads));
+  const size_t count = grads.size();
+  for (at::Tensor& grad : grads) grad = grad.detach();
+  for (const variable_list* tensors : {&saved, &incoming}) {
+    for (const at::Tensor& tensor : *tensors) {
+      if (tensor.defined()) grads.push_back(tensor);
+    }
+  }
+  const auto inputs = static_cast<int64_t>(grads.size());
+  torch::autograd::DelayedError error("local_lipschitz has no second derivative", inputs);
+  variable_list results = error(std::move(grads));
+  results.resize(count);
+  return results;
 }
 
 struct Lines : torch::autograd::Function<Lines> {
@@ -41,7 +50,7 @@ struct Lines : torch::autograd::Function<Lines> {
       ends = lipschitz_lines_backward(grads[0], saved[0], saved[1], saved[2], saved[3], constant);
     }
     auto [gl, gu, sl, su] = ends;
-    variable_list results = only_once({gl, gu, sl, su});
+    variable_list results = only_once({gl, gu, sl, su}, saved, grads);
     results.emplace_back();
     return results;
   }
@@ -63,7 +72,7 @@ struct Relax : torch::autograd::Function<Relax> {
       const at::AutoGradMode disabled(false);
       ends = lipschitz_relax_backward(grads[0], grads[1], saved[0], saved[1], ctx->saved_data["mirror"].toBool());
     }
-    variable_list results = only_once({std::get<0>(ends), std::get<1>(ends)});
+    variable_list results = only_once({std::get<0>(ends), std::get<1>(ends)}, saved, grads);
     results.emplace_back();
     return results;
   }

@@ -45,9 +45,10 @@ struct LocalLipschitzOptions {
 
 // x [boxes, ...], float64 or float32, eps >= 0: a number, or a tensor that broadcasts over x. -> L [boxes, outputs],
 // and lower and upper bounds of J [boxes, outputs, features]. Differentiable once in x, eps and the model's parameters,
-// piecewise smooth. Bounds that overflow are infinite, never NaN. At eps = 0, where no z_k is 0, L is the norm of J(x).
-// Errors: TypeError naming a layer that has no bound, and for other dtypes; ValueError for options, shapes, NaN, eps <
-// 0, a BatchNorm in training mode, and float32 while TF32 or bfloat16 products are on (autocast is ignored).
+// piecewise smooth; with ReLUs alone piecewise constant in x, eps and the biases, which then get no gradient. Bounds
+// that overflow are infinite, never NaN. At eps = 0, where no z_k is 0, L is the norm of J(x). Errors: TypeError naming
+// a layer that has no bound, and for other dtypes; ValueError for options, shapes, NaN, eps < 0, a BatchNorm in
+// training mode, and float32 while TF32 or bfloat16 products are on (autocast is ignored).
 TORCH_EXT_API std::tuple<at::Tensor, at::Tensor, at::Tensor> local_lipschitz(const torch::nn::Module& model,
                                                                              const at::Tensor& x, double eps,
                                                                              const LocalLipschitzOptions& options = {});
