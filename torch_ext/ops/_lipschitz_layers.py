@@ -63,8 +63,8 @@ class _Walk:
     def module(self, module: nn.Module, path: str, value: int) -> int:
         """Adds a module that reads a value; the number of the value that it makes."""
         if isinstance(module, nn.Sequential):
-            for name, child in module.named_children():
-                value = self.module(child, _joined(path, name), value)
+            for name, child in module._modules.items():  # a module in two places counts twice
+                value = value if child is None else self.module(child, _joined(path, name), value)
             return value
         if isinstance(module, self.residual):
             body = self.module(module.body, _joined(path, "body"), value)

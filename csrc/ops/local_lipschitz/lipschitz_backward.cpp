@@ -154,7 +154,7 @@ class Backward {
 
   // All entries of the gradient of a value, as linear functions of what lies behind it.
   LipschitzRows rows(int64_t value) {
-    LipschitzRows rows(network_, boxes_ * outputs_, options_);
+    LipschitzRows rows(network_, boxes_ * outputs_, options_, safe());
     rows.start_identity(value);
     if (safe()) rows.add_constant(reach_[index(value)] * method_.gamma);
     push(rows, value, nullptr);
@@ -202,7 +202,7 @@ class Backward {
       result.norm = largest(t).sum(1);
       if (safe()) result.norm = result.norm * (1 + 2 * method_.gamma);
     } else {
-      LipschitzRows row(network_, boxes_ * outputs_, options_);
+      LipschitzRows row(network_, boxes_ * outputs_, options_, safe());
       const bool detach = method_.detach_intermediate;
       start_norm(row, detach ? LipschitzInterval{t.l.detach(), t.u.detach()} : t);
       push(row, 0, branching ? &result.branching : nullptr);
@@ -237,13 +237,19 @@ class Backward {
   std::vector<at::Tensor> lines_;
 };
 
-// Elements of one matrix of coefficients per group.
+// Elements of one matrix of coefficients per group. A value with one activation ahead needs none: interval arithmetic
+// is exact for it.
 int64_t coefficients_per_group(const LipschitzNetwork& network) {
-  int64_t rows = network.input_size, width = 1;
-  for (const LipschitzNode& node : network.nodes) {
-    width = std::max(width, node.size);
-    const auto out = index(&node - network.nodes.data()) + 1;
-    if (node.kind == LipschitzKind::kActivation && network.before_activation[out]) rows = std::max(rows, node.size);
+  std::vector<int64_t> ahead(index(network.values()), 0);
+  int64_t rows = 1, width = 1;
+  for (int64_t v = network.values() - 1; v >= 0; --v) {
+    width = std::max(width, network.size_of(v));
+    for (const int64_t reader : network.readers[index(v)]) {
+      const bool activation = network.nodes[index(reader)].kind == LipschitzKind::kActivation;
+      ahead[index(v)] = std::max(ahead[index(v)], ahead[index(reader + 1)] + (activation ? 1 : 0));
+    }
+    const bool bounded = v == 0 || network.maker(v).kind == LipschitzKind::kActivation;
+    if (bounded && ahead[index(v)] > 1) rows = std::max(rows, network.size_of(v));
   }
   return 2 * rows * width;
 }

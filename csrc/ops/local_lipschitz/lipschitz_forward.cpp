@@ -118,7 +118,7 @@ class Forward {
   // Linear bounds of a value by the input; `activations` receives the nodes that were met.
   LipschitzInterval linear_bounds(int64_t value, const std::vector<at::Tensor>& lines,
                                   std::vector<size_t>* activations = nullptr) const {
-    LipschitzRows rows(network_, length(value_[0].l, 0), value_[0].l.options());
+    LipschitzRows rows(network_, length(value_[0].l, 0), value_[0].l.options(), safe());
     rows.start_identity(value);
     if (safe()) rows.add_constant(magnitude_[index(value)] * method_.gamma);
     for (int64_t v = value; v > 0; --v) {

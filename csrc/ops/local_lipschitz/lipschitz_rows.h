@@ -22,10 +22,10 @@ struct LipschitzCoefficients {
 
 class LipschitzRows {
  public:
-  // `both`: A and -A are bounded, starting from the identity on `value`; else A [groups, rows, size] alone.
-  LipschitzRows(const LipschitzNetwork& network, int64_t groups, const at::TensorOptions& options);
-  void start_identity(int64_t value);
-  void start(int64_t value, at::Tensor a);
+  // safe: result() is asked for with gamma > 0.
+  LipschitzRows(const LipschitzNetwork& network, int64_t groups, const at::TensorOptions& options, bool safe);
+  void start_identity(int64_t value);       // A and -A are bounded, A the identity on the value
+  void start(int64_t value, at::Tensor a);  // A [groups, rows, size] alone
 
   bool has(int64_t value) const { return coefficients_[static_cast<size_t>(value)].defined; }
   // The coefficients, as a tensor also where they are the identity.
@@ -55,6 +55,7 @@ class LipschitzRows {
   const LipschitzNetwork& network_;
   int64_t groups_, rows_ = 0;
   at::TensorOptions options_;
+  bool safe_;
   bool mirrored_ = false;  // A and -A
   std::vector<LipschitzCoefficients> coefficients_;
   at::Tensor sum_, magnitude_;
