@@ -5,8 +5,8 @@ PYTHONPATH=. python benchmarks/ops/bench_local_lipschitz.py [--json FILE] [--rou
 Both peers are our own eager versions, since auto_LiRPA is no package that this project pins:
 
 - "batched" over boxes and outputs: the first product shared, A and -A together, the last layer as an interval;
-- "one by one" is torch_ext.reference: one box and one output at a time, as auto_LiRPA's Jacobian bounds work (batches of
-  one box, a run per output), though without its graph.
+- "one by one" is torch_ext.reference: one box and one output at a time, as auto_LiRPA's Jacobian bounds work, though
+  without its graph.
 
 Forward CROWN and backward tight in all, float32, one thread.
 """
