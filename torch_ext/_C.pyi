@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -54,6 +54,47 @@ def fisher_window_load(
     /,
 ) -> None: ...
 def fisher_window_check_row(row: Tensor, dim: int, what: str, /) -> None: ...
+
+# ops/local_lipschitz
+class LipschitzLayers:
+    tensors: list[Tensor]
+    layers: list[int]
+    numbers: list[float]
+    names: str
+    def __init__(self) -> None: ...
+    def linear(self, path: str, input: int, weight: Tensor, bias: Tensor | None, /) -> int: ...
+    def conv2d(
+        self,
+        path: str,
+        input: int,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        padding_mode: str,
+        /,
+    ) -> int: ...
+    def batch_norm(
+        self,
+        path: str,
+        input: int,
+        mean: Tensor | None,
+        var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        training: bool,
+        /,
+    ) -> int: ...
+    def activation(self, path: str, input: int, kind: str, a: float, b: float, /) -> int: ...
+    def add(self, path: str, first: int, second: int, /) -> int: ...
+    def flatten(self, path: str, input: int, start_dim: int, end_dim: int, /) -> int: ...
+    @staticmethod
+    def refuse(path: str, type: str, /) -> NoReturn: ...
+    @staticmethod
+    def refuse_setting(path: str, what: str, /) -> NoReturn: ...
 
 # nn/snell_linear
 def check_snell_options(

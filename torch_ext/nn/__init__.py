@@ -1,6 +1,16 @@
 """Modules around the operators."""
 
+from torch_ext.nn.lipschitz_penalty import LipschitzPenalty
+from torch_ext.nn.residual import Residual
 from torch_ext.nn.sinkhorn_loss import SinkhornLoss
 from torch_ext.nn.snell_linear import SnellBudget, SnellLinear, apply_snell, snell_state_dict
 
-__all__ = ["SinkhornLoss", "SnellBudget", "SnellLinear", "apply_snell", "snell_state_dict"]
+__all__ = [
+    "LipschitzPenalty",
+    "Residual",
+    "SinkhornLoss",
+    "SnellBudget",
+    "SnellLinear",
+    "apply_snell",
+    "snell_state_dict",
+]
