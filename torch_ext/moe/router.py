@@ -96,7 +96,7 @@ class MoERouter(nn.Module):
         super()._apply(fn, recurse)
         moved = self.expert_bias
         if moved.dtype != torch.float32:
-            moved = bias.to(moved.device)
+            moved = moved.float() if bias.is_meta else bias.to(moved.device)
         if moved is not bias and torch._has_compatible_shallow_copy_type(bias, moved):
             bias.data = moved  # the same tensor object: a balancer holds it
             moved = bias
@@ -104,7 +104,9 @@ class MoERouter(nn.Module):
         for name in ("load", "quantile_histogram", "quantile_bounds"):
             tensor = getattr(self, name)
             if tensor is not None:
-                setattr(self, name, tensor.to(moved.device))
+                to_empty = tensor.is_meta and not moved.is_meta
+                new = torch.zeros_like(tensor, device=moved.device) if to_empty else tensor.to(moved.device)
+                setattr(self, name, new)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -113,6 +115,7 @@ class MoERouter(nn.Module):
             self.expert_bias = self.expert_bias.float()
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.options['top_k']}, " + (
+        return (
+            f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.options['top_k']}, "
             f"score={self.options['score']!r}"
         )

@@ -1,4 +1,5 @@
-// The operators behind permute and combine: three multilinear maps whose derivatives are each other.
+// The operators behind permute and combine: three multilinear maps whose derivatives are each other. Gates have the
+// arithmetic type of the rows. slot_of and src_of are those of one plan.
 #pragma once
 
 #include <ATen/core/Tensor.h>
