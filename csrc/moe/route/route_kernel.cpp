@@ -159,6 +159,32 @@ RouteRow<T> row_of(RouteScore score, RouteGate gate, double scale, bool zero_nan
   return {score, gate, static_cast<T>(scale), zero_nan, k};
 }
 
+// Memory of one range of tokens, in whole cache lines. Arrays that are walked together stand apart by no multiple of 4096
+// bytes, at which a load would wait for a store to another of them.
+class Scratch {
+ public:
+  template <typename V>
+  static int64_t lines(int64_t count) {
+    return (count * static_cast<int64_t>(sizeof(V)) + kLine - 1) / kLine + kApart;
+  }
+  explicit Scratch(int64_t lines) : memory_(static_cast<size_t>(lines)) {}
+  template <typename V>
+  V* take(int64_t count, V value) {
+    V* from = reinterpret_cast<V*>(memory_.data() + used_);
+    used_ += lines<V>(count);
+    std::fill_n(from, count, value);
+    return from;
+  }
+
+ private:
+  static constexpr int64_t kLine = 64, kApart = 20;
+  struct alignas(kLine) Line {
+    unsigned char bytes[kLine];
+  };
+  std::vector<Line> memory_;
+  int64_t used_ = 0;
+};
+
 // --- one range of tokens --------------------------------------------------------------------------------------------
 template <typename S, RouteScore F>
 class Forward {
@@ -172,15 +198,16 @@ class Forward {
         counts_(counts),
         width_(padded(p_.experts)),
         rounds_(p_.top_k + (p_.cutoff != nullptr ? 1 : 0)),
-        x_(size(kRows * width_), -HUGE_VALF),
-        s_(size(kRows * width_)),
-        bias_(size(width_)),
-        codes_(size(kRows * width_), RouteCode<T>::kOut),
-        top_(size(kRows * width_ / kLane)),
+        scratch_(4 * Scratch::lines<T>(kRows * width_) + Scratch::lines<T>(width_)),
+        x_(scratch_.take<T>(kRows * width_, -HUGE_VALF)),
+        s_(scratch_.take<T>(kRows * width_, 0)),
+        bias_(scratch_.take<T>(width_, 0)),
+        codes_(scratch_.take<Code>(kRows * width_, RouteCode<T>::kOut)),
+        top_(scratch_.take<Code>(kRows * width_ / kLane, RouteCode<T>::kOut)),
         ids_(size(kRows * rounds_)),
         largest_(size(p_.group_score_k)),
         sums_(size(p_.num_groups)) {
-    if (p_.bias != nullptr) std::copy_n(p_.bias, p_.experts, bias_.begin());
+    if (p_.bias != nullptr) std::copy_n(p_.bias, p_.experts, bias_);
   }
 
   void run(int64_t begin, int64_t end) {
@@ -215,23 +242,23 @@ class Forward {
   }
 
   void prepare(int64_t t, int64_t j) {
-    T *x = x_.data() + j * width_, *s = s_.data() + j * width_;
-    Code* codes = codes_.data() + j * width_;
+    T *x = x_ + j * width_, *s = s_ + j * width_;
+    Code* codes = codes_ + j * width_;
     load_row(static_cast<const S*>(p_.logits) + t * p_.experts, p_.experts, x);
-    T norm[2];
+    T norm[2] = {0, 1};
     score_row<T, F>(x, width_, s, norm);
     if (p_.norm != nullptr) std::copy_n(norm, 2, out<T>(p_.norm) + 2 * t);
-    nan_[j] = code_row(s, bias_.data(), p_.experts, codes);
+    nan_[j] = code_row(s, bias_, p_.experts, codes);
     if (p_.num_groups > 1) mask_groups<T>(p_, codes, largest_, sums_);
-    block_maxima(codes, width_ / kLane, top_.data() + j * (width_ / kLane));
+    block_maxima(codes, width_ / kLane, top_ + j * (width_ / kLane));
   }
 
   void finish(const int64_t* rows, int64_t used) {
-    select(codes_.data(), top_.data(), width_ / kLane, rounds_, RouteCode<T>::kOut, ids_.data());
+    select(codes_, top_, width_ / kLane, rounds_, RouteCode<T>::kOut, ids_.data());
     for (int64_t j = 0; j < used; ++j) {
       const int64_t to = rows[j] * p_.top_k;
       const int32_t* ids = ids_.data() + j * rounds_;
-      const T* from = (p_.gate == RouteGate::kSoftmax ? x_.data() : s_.data()) + j * width_;
+      const T* from = (p_.gate == RouteGate::kSoftmax ? x_ : s_) + j * width_;
       T* a = out<T>(p_.a) + to;
       for (int64_t k = 0; k < p_.top_k; ++k) {
         p_.ids[to + k] = ids[k];
@@ -241,7 +268,7 @@ class Forward {
       route_gates(row_, nan_[j], a, out<T>(p_.gates) + to);
       if (p_.cutoff == nullptr) continue;
       const int64_t last = ids[p_.top_k];
-      out<T>(p_.cutoff)[rows[j]] = route_key(route_code(s_[size(j * width_ + last)] + bias_[size(last)]));
+      out<T>(p_.cutoff)[rows[j]] = route_key(route_code(s_[j * width_ + last] + bias_[last]));
     }
   }
 
@@ -249,8 +276,9 @@ class Forward {
   const RouteRow<T> row_;
   int32_t* counts_;
   int64_t width_, rounds_;
-  std::vector<T> x_, s_, bias_;
-  std::vector<Code> codes_, top_;
+  Scratch scratch_;
+  T *x_, *s_, *bias_;
+  Code *codes_, *top_;
   std::vector<int32_t> ids_;
   std::vector<Code> largest_, sums_;
   bool nan_[kRows] = {};
@@ -319,7 +347,7 @@ void histogram(const RouteBins& b, int64_t begin, int64_t end, int32_t* counts) 
   const T low = b.bounds[0], per_unit = static_cast<T>(b.bins) / (static_cast<T>(b.bounds[1]) - low);
   for (int64_t t = begin; t < end; ++t) {
     if (b.valid != nullptr && !b.valid[t]) continue;
-    T norm[2];
+    T norm[2] = {0, 1};
     load_row(static_cast<const S*>(b.logits) + t * b.experts, b.experts, x.data());
     score_row<T, F>(x.data(), width, s.data(), norm);
     const T cutoff = static_cast<const T*>(b.cutoff)[t];

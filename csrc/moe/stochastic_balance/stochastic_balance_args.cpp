@@ -3,7 +3,6 @@
 
 
 #include <algorithm>
-#include <limits>
 #include <string>
 
 #include "moe/stochastic_balance/stochastic_balance_op.h"
@@ -25,10 +24,12 @@ BalanceRule rule_of(const std::string& name) {
   return BalanceRule::kGreedy;
 }
 
-// Values are looked at on the CPU only: elsewhere it would wait for the device.
-bool all_within(const at::Tensor& tensor, double low, double high) {
-  if (!tensor.is_cpu() || tensor.numel() == 0) return true;
-  return tensor.ge(low).logical_and_(tensor.le(high)).all().item<bool>();  // false for NaN
+// Values are looked at on the CPU only: elsewhere it would wait for the device. False for NaN.
+bool all_within_one(const at::Tensor& tensor) {
+  return !tensor.is_cpu() || tensor.ge(0).logical_and_(tensor.le(1)).all().item<bool>();
+}
+bool all_finite(const at::Tensor& tensor) {
+  return !tensor.is_cpu() || tensor.ge(0).logical_and_(tensor.isfinite()).all().item<bool>();
 }
 
 at::Tensor as_double(const at::Tensor& tensor, const at::Device& device) {
@@ -77,7 +78,7 @@ BalanceArguments balance_arguments(const at::Tensor& probability, const std::opt
                    probability.scalar_type());
   TORCH_CHECK_VALUE(probability.dim() >= 2, kName, ": probabilities must be [..., arrivals, servers], got ",
                     probability.sizes());
-  TORCH_CHECK_VALUE(all_within(probability, 0, 1), kName, ": probabilities must lie in [0, 1]");
+  TORCH_CHECK_VALUE(all_within_one(probability), kName, ": probabilities must lie in [0, 1]");
   const at::Device device = probability.device();
   const int64_t n = probability.size(-2), m = probability.size(-1);
   BalanceArguments result;
@@ -110,7 +111,7 @@ BalanceArguments balance_arguments(const at::Tensor& probability, const std::opt
     const auto is = [&](at::IntArrayRef shape) { return weight->sizes() == shape; };
     TORCH_CHECK_VALUE(is({m}) || is({n, m}) || is(probability.sizes()), kName, ": weight must be [", m, "], [", n, ", ",
                       m, "] or like the probabilities, got ", weight->sizes());
-    TORCH_CHECK_VALUE(all_within(*weight, 0, std::numeric_limits<double>::max()), kName,
+    TORCH_CHECK_VALUE(all_finite(*weight), kName,
                       ": weights must be finite and not negative");
     result.weight = as_double(*weight, device);
     problem.weight_arrival = weight->dim() == 1 ? 0 : m;

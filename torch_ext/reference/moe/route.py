@@ -37,7 +37,7 @@ def group_scores(keys: Tensor, num_groups: int, group_score_k: int) -> Tensor:
 
 def ordered(keys: Tensor) -> Tensor:
     """Indices from the largest key on; equal keys by index, NaN as minus infinity."""
-    return torch.where(keys.isnan(), -torch.inf, keys).sort(-1, descending=True, stable=True).indices
+    return torch.where(keys.isnan(), -torch.inf, keys).sort(stable=True, dim=-1, descending=True).indices
 
 
 def route(
@@ -65,7 +65,7 @@ def route(
         kept = keep.repeat_interleave(experts // num_groups, 1)
         # Stable: the kept experts first, each part in its order. Minus infinity would let an expert of another group
         # in beside a NaN.
-        order = order.gather(1, kept.gather(1, order).long().sort(1, descending=True, stable=True).indices)
+        order = order.gather(1, kept.gather(1, order).long().sort(stable=True, dim=1, descending=True).indices)
     ids = order[:, :top_k]
     selected = scores.gather(1, ids)
     softmax_of_selected = score == "post_softmax" or (score == "softmax" and normalize and top_k > 1)
