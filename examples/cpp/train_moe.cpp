@@ -4,7 +4,7 @@
 //
 // The text is that of Python's own help (pydoc_data/topics.py of an installed Python), or your file; nine tenths train.
 // The model: bytes embedded in 64 numbers, two layers of attention and a mixture of 16 experts (2 per token, one
-// shared), AdamW. All runs see the same batches and start from the same weights:
+// shared), AdamW whose rate falls linearly to 0. All runs see the same batches and start from the same weights:
 //
 //   nothing        the router alone
 //   aux loss       the balance loss of Switch and GShard, coefficient 0.01
@@ -166,7 +166,7 @@ double mean_over(const std::vector<torch_ext::optim::LoadReport>& reports, Value
 // A model, what balances it, and what became of them.
 struct Run {
   Run(std::string run_name, const std::optional<ALFLBOptions>& options, const Arguments& args)
-      : name(std::move(run_name)), aux(name == "aux loss" ? args.aux : 0) {
+      : name(std::move(run_name)), aux(name == "aux loss" ? args.aux : 0), lr(args.lr), steps(args.steps) {
     torch::manual_seed(args.seed);
     model = Model(args.length);
     optimizer = std::make_unique<torch::optim::AdamW>(model->parameters(), torch::optim::AdamWOptions(args.lr));
@@ -179,6 +179,7 @@ struct Run {
     const auto [byte_loss, extra] = model->forward(tokens, aux);
     (byte_loss + extra).backward();
     if (first_loads.empty()) first_loads = counts_of(balancer->loads());
+    optimizer->param_groups()[0].options().set_lr(lr * (1 - static_cast<double>(loss.size()) / steps));
     optimizer->step();
     balancer->step();
     optimizer->zero_grad();
@@ -205,7 +206,7 @@ struct Run {
   }
 
   std::string name;
-  double aux;
+  double aux, lr, steps;
   Model model{nullptr};
   std::unique_ptr<torch::optim::AdamW> optimizer;
   std::unique_ptr<ALFLB> balancer;

@@ -2,9 +2,9 @@
 
     python examples/python/train_moe.py [--text FILE] [--steps 300] [--seed 0] [--json FILE] [--output FILE.png]
 
-The text is that of Python's own help, pydoc_data/topics.py, or your file; nine tenths train. The model: bytes embedded in
-64 numbers, two layers of attention and a mixture of 16 experts (2 per token, one shared), AdamW. All runs see the same
-batches and start from the same weights:
+The text is that of Python's own help, pydoc_data/topics.py, or your file; nine tenths train. The model: bytes embedded
+in 64 numbers, two layers of attention and a mixture of 16 experts (2 per token, one shared), AdamW whose rate falls
+linearly to 0. All runs see the same batches and start from the same weights:
 
   nothing        the router alone
   aux loss       the balance loss of Switch and GShard, coefficient 0.01
@@ -106,6 +106,7 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = Model(args.length)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / args.steps)
         # A rate of 0 only reads the loads, for the curve of the runs that nothing balances.
         options = RUNS[name]
         self.balancer = ALFLB(self.model, **({"lr": 0.0} if options is None else options))
@@ -121,6 +122,7 @@ class Run:
         loss, extra = self.model(tokens, self.aux)
         (loss + extra).backward()
         self.optimizer.step()
+        self.schedule.step()
         self.balancer.step()
         self.optimizer.zero_grad()
         self.seconds += time.perf_counter() - begin
@@ -182,7 +184,7 @@ def draw(runs: list[dict[str, Any]], path: str) -> None:
     curve.set(xlabel="step", ylabel="MaxVio of the batch", yscale="log", title="imbalance")
     curve.legend(fontsize=8)
     for axis, key, title in zip(maps, ("first_loads", "valid_loads"), ("first step", "validation"), strict=True):
-        loads = torch.tensor([sum(run[key], []) for run in runs], dtype=torch.float64)
+        loads = torch.tensor([[n for layer in run[key] for n in layer] for run in runs], dtype=torch.float64)
         share = loads / loads.sum(1, keepdim=True) * loads.size(1)
         image = axis.imshow(share, aspect="auto", cmap="magma", vmin=0, vmax=3)
         axis.set(title=f"load over mean load, {title}", xlabel="experts of both layers")

@@ -63,8 +63,8 @@ def stochastic_balance(
         prob: ``[..., n arrivals, m servers]`` in [0, 1]; 0: no edge.
         weight: >= 0, ``[m]``, ``[n, m]`` or like ``prob``; 1 if None.
         capacity: integers >= 1 ``[m]``, or one for all; 1 if None.
-        g: ``"exp"`` exp(x - 1); ``"survival"`` 1 - exp(-x); ``"auto"``: the first if every capacity is at least 10; or a
-            table ``[points, 2]`` of x (increasing) and g(x) in [0, 1) (not decreasing), linear between.
+        g: ``"exp"`` exp(x - 1); ``"survival"`` 1 - exp(-x); ``"auto"``: the first if every capacity is at least 10; or
+            a table ``[points, 2]`` of x (increasing) and g(x) in [0, 1) (not decreasing), linear between.
         top_k: K servers per arrival, all different, by their keys before the arrival.
         overflow: where fewer than K servers have room: ``"drop"`` (-1), or ``"spill"`` to the least loaded.
         seed: of the outcomes.
@@ -117,7 +117,7 @@ def stochastic_optimum(prob: Tensor, weight: Tensor | None = None) -> float:
 
 
 def fluid_lp_equal_p(edges: Tensor, p: float, capacity: int | Tensor | None = None) -> float:
-    """max sum p x over ``edges`` ``[n, m]`` bool with sum_v p x <= capacity_u, sum_u x <= 1, x >= 0; nothing exceeds it."""
+    """max sum p x over ``edges`` ``[n, m]`` bool, sum_v p x <= capacity_u, sum_u x <= 1, x >= 0: no policy has more."""
     return _C.fluid_lp_equal_p(edges, p, _capacities(capacity, edges))
 
 

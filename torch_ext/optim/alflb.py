@@ -134,7 +134,7 @@ class ALFLB(Optimizer):
         Such as ``"e_score_correction_bias"`` of Hugging Face's DeepSeek-V3. Tell it the selected experts with
         :meth:`record`, for example in a forward hook of the router. The buffers must be float32.
         """
-        layers = []
+        layers: list[_Layer] = []
         for prefix, module in model.named_modules():
             bias = module._buffers.get(name)
             if bias is not None and all(layer.bias is not bias for layer in layers):
@@ -181,6 +181,7 @@ class ALFLB(Optimizer):
         super().add_param_group(param_group)
         for number, bias in enumerate(self.param_groups[-1]["params"]):
             _C.alflb_check_bias(bias, number)
+        self._prepare(fresh=False)  # a router of the quantile rule counts from now on
 
     def _layer_of(self, bias: Tensor) -> _Layer:
         for layer in self._layers:

@@ -209,10 +209,10 @@ def mfac(names: Sequence[str] | None = None, iterations: int = ITERATIONS) -> di
             return MFACReference(params, **options).step_closure
 
         window = options.get("window_format", "float32")
-        length = {"iterations": iterations, "every": SAMPLE_EVERY}
+        every, length = SAMPLE_EVERY, iterations
         if window in MFAC_COARSE:
-            length = {"iterations": min(iterations, MFAC_COARSE_ITERATIONS), "every": MFAC_COARSE_EVERY}
-        path = trajectory(make_step, problem="tanh_layer", loss_sign=sign, **length)
+            every, length = MFAC_COARSE_EVERY, min(iterations, MFAC_COARSE_ITERATIONS)
+        path = trajectory(make_step, problem="tanh_layer", loss_sign=sign, iterations=length, every=every)
         rtol = MFAC_RTOL[window]
         variants.append({"name": name, "options": options, "loss_sign": sign, "rtol": rtol, "trajectory": path})
     return {

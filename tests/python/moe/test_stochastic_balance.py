@@ -192,7 +192,8 @@ def test_fluid_lp_is_the_linear_program() -> None:
         capacity = torch.from_numpy(rng.integers(1, 4, m))
         if edges.any():
             expected = fractional_optimum(edges * p, edges * p, capacity)
-            assert moe.fluid_lp_equal_p(edges, p, capacity) == pytest.approx(expected, abs=1e-9)
+            found = moe.fluid_lp_equal_p(edges, p, capacity)
+            assert found == pytest.approx(expected, abs=1e-6)  # HiGHS lets constraints slip by 1e-7
 
 
 # ---- competitive ratios

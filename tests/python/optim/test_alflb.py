@@ -133,7 +133,7 @@ def test_rules_are_the_reference_s(name: str, experts: int) -> None:
 
 def test_closed_forms() -> None:
     """Loads 3, 1, 0 of E = 3, K = 1: L = 4/3, T = 4."""
-    load = torch.tensor([[3, 1, 0]])
+    load = torch.tensor([[3.0, 1.0, 0.0]], dtype=F64)
     sign = Stack(1, 3, 1, lr=0.25, center=False)
     sign.update(load)
     assert sign.bias[0].tolist() == [-0.25, 0.25, 0.25]
@@ -225,7 +225,7 @@ def test_4_i_dual_change_lies_in_the_sandwich(name: str) -> None:
             opt.step()
             q = bias.double()
             x2 = reference.select(scores, q, top_k)
-            d, a, a2 = q - p, reference.loads_of(x, experts), reference.loads_of(x2, experts)
+            d, a, a2 = q - p, *(reference.loads_of(ids, experts).double() for ids in (x, x2))
             change = float(reference.dual_value(scores, q, top_k) - reference.dual_value(scores, p, top_k))
             scale = 1e-9 * float(reference.dual_value(scores, p, top_k).abs())
             assert float((d * (a - target)).sum()) <= change + scale
@@ -303,7 +303,8 @@ def test_5_iii_balance_at_the_minimum_of_the_dual() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_5_iv_what_the_rules_reach(seed: int) -> None:
     """T = 256, E = 16, K = 4: proportional 3/n ends exactly balanced, and that is the LP's assignment (certificate)."""
-    scores = game(np.random.default_rng(seed), 256, 16).float().double()
+    rng = np.random.default_rng(seed)
+    scores = torch.from_numpy(rng.random((256, 16)) + 0.2 * rng.normal(size=16))
     value, _ = assignment_lp(scores, 4)
     target = 256 * 4 // 16
 
@@ -329,7 +330,7 @@ def test_5_iv_what_the_rules_reach(seed: int) -> None:
     assert max_vio(load).item() <= 0.035
     # D(p) - value(x) = sum p (A - L), whatever the assignment
     gap = float(reference.dual_value(scores, p, 4) - scores.gather(1, ids).sum())
-    assert gap == pytest.approx(float((p * (load - target)).sum()), abs=1e-9)
+    assert gap == pytest.approx(float((p * (load - target).double()).sum()), abs=1e-9)
 
 
 def test_4_v_the_spread_is_bounded() -> None:
@@ -559,10 +560,9 @@ def test_quantile_rule_through_the_router() -> None:
 
 def test_quantile_rule_of_everything_is_refused() -> None:
     router = moe.MoERouter(6, 4, top_k=4)
-    with pytest.raises(ValueError, match=r"undefined|top_k"):
-        balancer = ALFLB(router, rule="quantile")
-        router(batch()).gates.sum().backward()
-        balancer.step()
+    ALFLB(router, rule="quantile")
+    with pytest.raises(ValueError, match=r"top_k"):
+        router(batch())
 
 
 def test_discard() -> None:

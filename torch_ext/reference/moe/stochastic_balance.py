@@ -93,9 +93,11 @@ def expected_value(prob: Matrix, weight: Matrix, capacity: Sequence[int], *, rul
     """The expected value of a rule, summed over all 2^n vectors of outcomes of n arrivals."""
     total = 0.0
     for outcomes in itertools.product((False, True), repeat=len(prob)):
-        choices, value = stochastic_balance_reference(
-            prob, weight, capacity, lambda v, k, u, outcomes=outcomes: outcomes[v], rule=rule, g=g
-        )
+
+        def outcome(v: int, k: int, u: int, outcomes: tuple[bool, ...] = outcomes) -> bool:
+            return outcomes[v]
+
+        choices, value = stochastic_balance_reference(prob, weight, capacity, outcome, rule=rule, g=g)
         chance = 1.0
         for v, (u,) in enumerate(choices):
             p = prob[v][u] if u >= 0 else 0.0  # who is dropped fails; the vectors in which it succeeds have chance 0

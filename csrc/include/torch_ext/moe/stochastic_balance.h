@@ -37,11 +37,11 @@ namespace torch_ext::moe {
 struct BalanceOptions {
   TORCH_ARG(std::string, rule) = "discount";
   TORCH_ARG(std::string, g) = "auto";
-  TORCH_ARG(at::Tensor, table);        // of g "table": [points, 2] of x (increasing) and g(x) in [0, 1), not decreasing
-  TORCH_ARG(int64_t, top_k) = 1;       // servers per arrival, all different, their keys those before the arrival
+  TORCH_ARG(at::Tensor, table);   // of g "table": [points, 2] of x (increasing) and g(x) in [0, 1), not decreasing
+  TORCH_ARG(int64_t, top_k) = 1;  // servers per arrival, all different, their keys those before the arrival
   TORCH_ARG(std::string, overflow) = "drop";  // no server with room: "drop" (-1), or "spill" to the least loaded
-  TORCH_ARG(int64_t, seed) = 0;        // of the outcomes
-  TORCH_ARG(int64_t, replicates) = 1;  // R runs of the same problem with other outcomes
+  TORCH_ARG(int64_t, seed) = 0;               // of the outcomes
+  TORCH_ARG(int64_t, replicates) = 1;         // R runs of the same problem with other outcomes
 };
 
 struct BalanceResult {
@@ -76,7 +76,8 @@ TORCH_EXT_API double stochastic_optimum(const at::Tensor& probability,
 TORCH_EXT_API double fluid_lp_equal_p(const at::Tensor& edges, double p,
                                       const std::optional<at::Tensor>& capacity = std::nullopt);
 
-// The same rules where the outcomes come from outside. State: load [m] float64, attempts and done [m] int64, on the CPU.
+// The same rules where the outcomes come from outside. State: load [m] float64, attempts and done [m] int64, on the
+// CPU.
 class TORCH_EXT_API OnlineAssigner {
  public:
   // weight and capacity [m]; options: rule, g and table.
