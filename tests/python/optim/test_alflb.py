@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linprog
-from scipy.sparse import kron
+from scipy.sparse import kron, vstack
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from torch_ext import moe
 from torch_ext.optim import ALFLB, AdaHessian
@@ -275,8 +277,6 @@ def assignment_lp(scores: Tensor, top_k: int) -> tuple[float, Tensor]:
     tokens, experts = scores.shape
     rows = kron(np.eye(tokens), np.ones((1, experts)))
     columns = kron(np.ones((1, tokens)), np.eye(experts))
-    from scipy.sparse import vstack
-
     bounds = np.concatenate([np.full(tokens, float(top_k)), np.full(experts, top_k * tokens / experts)])
     found = linprog(
         -scores.numpy().reshape(-1), A_eq=vstack([rows, columns]).tocsr(), b_eq=bounds, bounds=(0, 1), method="highs"
@@ -909,6 +909,63 @@ def test_unfit_loads_are_refused() -> None:
         Stack(1, 4, 5, rule="proportional").update(torch.ones(1, 4, dtype=torch.int64))
     with pytest.raises(ValueError, match="undefined where all experts"):
         Stack(1, 4, 4, rule="quantile").update(torch.ones(1, 4, dtype=torch.int64))
+
+
+# ---- a small training
+
+
+class Digits(nn.Module):
+    """64 - 32 - mixture of 16 experts, 2 per row - 10."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.outer = nn.Linear(64, 32), nn.Linear(32, 10)
+        self.experts = moe.MoELayer(32, 16, 16, top_k=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.inner(x))
+        return self.outer(hidden + self.experts(hidden))
+
+    def balance_loss(self, x: Tensor) -> Tensor:
+        router, hidden = self.experts.router, torch.tanh(self.inner(x))
+        logits = hidden @ router.weight.t()
+        counts = moe.route(logits.detach(), router.expert_bias, top_k=2).counts
+        return moe.balance_loss(logits, counts, 1e-2, score="sigmoid")
+
+
+def train_digits(balance: str) -> tuple[float, int, float]:
+    """300 steps; MaxVio over all training rows, dead experts, test accuracy."""
+    data = load_digits()
+    x, y = torch.from_numpy(data.data).float() / 16, torch.from_numpy(data.target)
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    rows, test = order[:1400], order[1400:]
+    net = Digits()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
+    balancer = ALFLB(net, rule="proportional", lr=0.2) if balance == "alflb" else None
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(300):
+        part = rows[torch.randint(len(rows), (256,), generator=generator)]
+        loss = F.cross_entropy(net(x[part]), y[part])
+        if balance == "aux":
+            loss = loss + net.balance_loss(x[part])
+        loss.backward()
+        optimizer.step()
+        if balancer is not None:
+            balancer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        load = net.experts.router.eval()(torch.tanh(net.inner(x[rows]))).counts
+        accuracy = (net(x[test]).argmax(1) == y[test]).double().mean().item()
+    return max_vio(load).item(), int((load == 0).sum()), accuracy
+
+
+def test_13_digits() -> None:
+    balanced, dead, accuracy = train_digits("alflb")
+    assert balanced < 0.25
+    assert dead == 0
+    assert train_digits("nothing")[0] > 0.8
+    assert accuracy >= train_digits("aux")[2] - 0.01
 
 
 # ---- CUDA
