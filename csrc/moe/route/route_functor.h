@@ -163,8 +163,8 @@ template <typename T>
 TX_HD void route_gradient(const RouteRow<T>& row, const T* w, const T* v, const T* a, T* grad) {
   T sum = 0, mixed = 0;
   for (int64_t i = 0; i < row.k; ++i) sum += a[i];
-  if (row.zero_nan && sum != sum) {
-    for (int64_t i = 0; i < row.k; ++i) grad[i] = 0;
+  if (sum != sum) {
+    for (int64_t i = 0; i < row.k; ++i) grad[i] = row.zero_nan ? T(0) : static_cast<T>(NAN);
     return;
   }
   if (row.gate == RouteGate::kSoftmax) {

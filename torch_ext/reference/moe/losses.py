@@ -13,7 +13,7 @@ def balance_loss(logits: Tensor, counts: Tensor, coef: float, score: str, valid:
     rows = logits if valid is None else logits[valid]
     scores = scores_of(rows, score)
     share = (scores / scores.sum(-1, keepdim=True)).mean(0)
-    return coef * logits.size(1) * (counts / counts.sum() * share).sum()
+    return coef * logits.size(1) * (counts.to(share.dtype) / counts.sum() * share).sum()
 
 
 def sequence_loss(logits: Tensor, top_k: int, alpha: float, score: str, valid: Tensor | None = None) -> Tensor:
