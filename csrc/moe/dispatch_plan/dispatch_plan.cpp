@@ -44,8 +44,9 @@ c10::SymInt rows_of(const at::Tensor& ids, int64_t experts, std::optional<int64_
   c10::SymInt rows = ids.sym_size(0) * ids.sym_size(1);
   if (capacity && *capacity <= INT32_MAX / experts) rows = rows.min(experts * *capacity);
   const int64_t padding = align - 1 <= INT32_MAX / experts ? experts * (align - 1) : int64_t{INT32_MAX} + 1;
-  TORCH_CHECK_VALUE(ids.sym_size(0) * ids.sym_size(1) + padding <= INT32_MAX, kName, ": ids of shape ",
-                    ids.sym_sizes(), " with align ", align, " need more rows than 32-bit indices reach; dispatch in "
+  TORCH_CHECK_VALUE(ids.sym_size(0) * ids.sym_size(1) + padding <= INT32_MAX, kName, ": ids of shape ", ids.sym_sizes(),
+                    " with align ", align,
+                    " need more rows than 32-bit indices reach; dispatch in "
                     "parts");
   return rows + padding;
 }
@@ -68,7 +69,8 @@ void keep_by_gate(const kernels::Plan& plan, const std::vector<int32_t>& total, 
   next = start;
   for (int64_t i = 0; i < plan.entries; ++i) {
     plan.slot_of[i] = -1;
-    if (plan.ids[i] >= 0) sorted[static_cast<size_t>(next[static_cast<size_t>(plan.ids[i])]++)] = static_cast<int32_t>(i);
+    if (plan.ids[i] >= 0)
+      sorted[static_cast<size_t>(next[static_cast<size_t>(plan.ids[i])]++)] = static_cast<int32_t>(i);
   }
   at::parallel_for(0, plan.experts, 1, [&](int64_t begin, int64_t end) {
     for (auto e = static_cast<size_t>(begin); e < static_cast<size_t>(end); ++e) {

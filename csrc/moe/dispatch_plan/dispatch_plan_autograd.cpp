@@ -25,8 +25,8 @@ void save(AutogradContext* ctx, const at::Tensor& rows, const Optional& gates, c
 }
 
 struct Permute : Function<Permute> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const Optional& gates,
-                            const at::Tensor& slot_of, const at::Tensor& src_of) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const Optional& gates, const at::Tensor& slot_of,
+                            const at::Tensor& src_of) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     save(ctx, x, gates, slot_of, src_of);
     return moe_permute(x, gates, slot_of, src_of);
@@ -41,8 +41,8 @@ struct Permute : Function<Permute> {
 };
 
 struct Combine : Function<Combine> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& z, const Optional& gates,
-                            const at::Tensor& slot_of, const at::Tensor& src_of) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& z, const Optional& gates, const at::Tensor& slot_of,
+                            const at::Tensor& src_of) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     save(ctx, z, gates, slot_of, src_of);
     return moe_combine(z, gates, slot_of, src_of);

@@ -248,8 +248,8 @@ void permute_cuda(const Rows& rows, core::DType type, const void* x, void* y, vo
       copy_kernel<<<grid(rows.slots), kRowThreads, 0, stream>>>(rows, bytes / word, static_cast<const uint4*>(x),
                                                                 static_cast<uint4*>(y));
     } else {
-      permute_kernel<S><<<grid(rows.slots), kRowThreads, 0, stream>>>(rows, static_cast<const S*>(x),
-                                                                      static_cast<S*>(y));
+      permute_kernel<S>
+          <<<grid(rows.slots), kRowThreads, 0, stream>>>(rows, static_cast<const S*>(x), static_cast<S*>(y));
     }
     core::check_launch("moe_permute");
   });
@@ -260,8 +260,8 @@ void combine_cuda(const Rows& rows, core::DType type, const void* z, void* o, vo
   auto* const stream = static_cast<cudaStream_t>(opaque);
   core::dispatch_dtype(type, [&](auto storage) {
     using S = decltype(storage);
-    combine_kernel<S><<<grid(rows.tokens), kRowThreads, 0, stream>>>(rows, static_cast<const S*>(z),
-                                                                     static_cast<S*>(o));
+    combine_kernel<S>
+        <<<grid(rows.tokens), kRowThreads, 0, stream>>>(rows, static_cast<const S*>(z), static_cast<S*>(o));
     core::check_launch("moe_combine");
   });
 }

@@ -22,7 +22,7 @@ void plan_keep_cpu(const int32_t* entries, int64_t count, const void* gates, cor
 struct Plan {
   const int32_t* ids;  // [entries]
   int64_t entries, experts, rows, align;
-  int64_t capacity;  // -1: none
+  int64_t capacity;   // -1: none
   const void* gates;  // [entries] or null
   core::DType gate_type;
   int32_t* offsets;  // [experts + 1]

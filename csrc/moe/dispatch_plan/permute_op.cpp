@@ -128,8 +128,7 @@ at::Tensor combine_impl(const at::Tensor& z_, const Optional& gates, const at::T
   return o;
 }
 
-at::Tensor match_impl(const at::Tensor& x_, const at::Tensor& z_, const at::Tensor& slot_of,
-                      const at::Tensor& src_of) {
+at::Tensor match_impl(const at::Tensor& x_, const at::Tensor& z_, const at::Tensor& slot_of, const at::Tensor& src_of) {
   check_match(x_, z_, slot_of, src_of);
   const c10::OptionalDeviceGuard guard(device_of(x_));
   const at::Tensor x = x_.contiguous(), z = z_.contiguous();

@@ -20,9 +20,8 @@ using torch::autograd::variable_list;
 constexpr const char* kName = "moe.grouped_mm";
 
 at::Tensor call_outer(const at::Tensor& u, const at::Tensor& x, const at::Tensor& offsets) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("torch_ext::moe_grouped_outer", "")
-                             .typed<decltype(call_outer)>();
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("torch_ext::moe_grouped_outer", "").typed<decltype(call_outer)>();
   return op.call(u, x, offsets);
 }
 
@@ -113,8 +112,7 @@ struct GroupedMM : Function<GroupedMM> {
 };
 
 struct GroupedOuter : Function<GroupedOuter> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& u, const at::Tensor& x,
-                            const at::Tensor& offsets) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& u, const at::Tensor& x, const at::Tensor& offsets) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     ctx->save_for_backward({u, x, offsets});
     return call_outer(u, x, offsets);

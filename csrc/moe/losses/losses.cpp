@@ -15,14 +15,16 @@ using Optional = std::optional<at::Tensor>;
 
 at::Tensor checked(const char* op, const at::Tensor& logits, int64_t dim, double coef, const Optional& valid) {
   core::dtype_of(logits, std::string(op) + ": logits");
-  TORCH_CHECK_VALUE(dim == 0 ? logits.dim() >= 1 : logits.dim() == dim, op, ": logits have the wrong number of "
-                    "dimensions, got ", logits.sym_sizes());
+  TORCH_CHECK_VALUE(dim == 0 ? logits.dim() >= 1 : logits.dim() == dim, op,
+                    ": logits have the wrong number of "
+                    "dimensions, got ",
+                    logits.sym_sizes());
   TORCH_CHECK_VALUE(std::isfinite(coef), op, ": the coefficient must be finite, got ", coef);
   if (valid) {
     TORCH_CHECK_TYPE(valid->scalar_type() == at::kBool, op, ": valid must be bool, got ", valid->scalar_type());
     TORCH_CHECK_VALUE(valid->sym_sizes() == logits.sym_sizes().slice(0, static_cast<size_t>(logits.dim() - 1)), op,
-                      ": valid must have the shape of the logits without the last dimension, got ",
-                      valid->sym_sizes(), " and ", logits.sym_sizes());
+                      ": valid must have the shape of the logits without the last dimension, got ", valid->sym_sizes(),
+                      " and ", logits.sym_sizes());
   }
   return logits.to(core::arithmetic_type(logits.scalar_type()));
 }
@@ -30,8 +32,8 @@ at::Tensor checked(const char* op, const at::Tensor& logits, int64_t dim, double
 at::Tensor score_of(const char* op, const at::Tensor& l, std::string_view score) {
   if (score == "sigmoid") return at::sigmoid(l);
   if (score == "softmax") return at::softmax(l, -1);
-  TORCH_CHECK_VALUE(score == "sqrtsoftplus", op, ": score must be 'sigmoid', 'softmax' or 'sqrtsoftplus', got '",
-                    score, "'");
+  TORCH_CHECK_VALUE(score == "sqrtsoftplus", op, ": score must be 'sigmoid', 'softmax' or 'sqrtsoftplus', got '", score,
+                    "'");
   return at::sqrt(at::softplus(l));
 }
 

@@ -28,18 +28,17 @@ RouteOptions options_of(int64_t top_k, std::string_view score, bool normalize, d
 void check_options_op(int64_t num_experts, int64_t top_k, std::string_view score, bool normalize, double route_scale,
                       int64_t num_groups, int64_t top_groups, int64_t group_score_k, std::string_view nan_policy,
                       std::string_view count_in) {
-  check_route_options(options_of(top_k, score, normalize, route_scale, num_groups, top_groups, group_score_k,
-                                 nan_policy, count_in),
-                      num_experts);
+  check_route_options(
+      options_of(top_k, score, normalize, route_scale, num_groups, top_groups, group_score_k, nan_policy, count_in),
+      num_experts);
 }
 
 RouteOutputs route_op(const at::Tensor& logits, const Optional& bias, int64_t top_k, std::string_view score,
-                      bool normalize, double route_scale, int64_t num_groups, int64_t top_groups,
-                      int64_t group_score_k, std::string_view nan_policy, std::string_view count_in,
-                      const Optional& valid, const Optional& load, const Optional& histogram,
-                      const Optional& histogram_bounds) {
-  const RouteOptions options = options_of(top_k, score, normalize, route_scale, num_groups, top_groups, group_score_k,
-                                          nan_policy, count_in);
+                      bool normalize, double route_scale, int64_t num_groups, int64_t top_groups, int64_t group_score_k,
+                      std::string_view nan_policy, std::string_view count_in, const Optional& valid,
+                      const Optional& load, const Optional& histogram, const Optional& histogram_bounds) {
+  const RouteOptions options =
+      options_of(top_k, score, normalize, route_scale, num_groups, top_groups, group_score_k, nan_policy, count_in);
   check_route(logits, bias, valid, options, load, histogram, histogram_bounds);
   return route_differentiable(logits, bias, valid, options, {load, histogram, histogram_bounds});
 }
@@ -50,7 +49,7 @@ RouteResult route(const at::Tensor& logits, const Optional& bias, const RouteOpt
                   const Optional& load, const std::optional<RouteHistogram>& histogram) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("torch_ext::moe_route", "").typed<decltype(route_op)>();
-  const auto part = [&](at::Tensor RouteHistogram::* member) {
+  const auto part = [&](at::Tensor RouteHistogram::*member) {
     return histogram ? Optional((*histogram).*member) : std::nullopt;
   };
   auto [gates, ids, counts, cutoff] =

@@ -1,8 +1,8 @@
 // The derivative of moe.route in the logits, to any order, and the counting of loads in the backward pass.
 //
-// The node returns `a` beside the gates, so that it can be saved as an output: under create_graph the gradient is made of
-// torch's operators on a, and what flows back into a goes through this node again. Nothing of the size [T, E] is saved
-// but for softmax without normalize.
+// The node returns `a` beside the gates, so that it can be saved as an output: under create_graph the gradient is made
+// of torch's operators on a, and what flows back into a goes through this node again. Nothing of the size [T, E] is
+// saved but for softmax without normalize.
 #include <ATen/ATen.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -42,8 +42,8 @@ RouteOptions saved_options(AutogradContext* ctx) {
       .nan_policy(data["nan_policy"].toStringRef());
 }
 
-// Loads grow once per node: recomputed forward passes have nodes of their own, which never run backward, and a node that
-// runs backward several times counts the first time only.
+// Loads grow once per node: recomputed forward passes have nodes of their own, which never run backward, and a node
+// that runs backward several times counts the first time only.
 void count_once(AutogradContext* ctx, const at::Tensor& counts, const at::Tensor& histogram) {
   auto& data = ctx->saved_data;
   if (data["counted"].toBool()) return;
@@ -58,10 +58,8 @@ struct Route : torch::autograd::Function<Route> {
                                const std::optional<at::Tensor>& valid, const RouteOptions& options,
                                const RouteCounting& counting, bool cutoffs, bool in_backward) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    const bool dense =
-        route_mode(options.top_k(), options.score(), options.normalize(), options.nan_policy()).dense;
-    auto [gates, ids, counts, cutoff, a, norm] =
-        route_forward(logits, bias, valid, options, cutoffs);
+    const bool dense = route_mode(options.top_k(), options.score(), options.normalize(), options.nan_policy()).dense;
+    auto [gates, ids, counts, cutoff, a, norm] = route_forward(logits, bias, valid, options, cutoffs);
     const at::Tensor histogram =
         counting.histogram
             ? route_histogram(logits, cutoff, valid, *counting.bounds,
@@ -143,9 +141,11 @@ at::Tensor route_backward_composite(const at::Tensor& grad_gates, const at::Tens
   return at::zeros_symint(sizes, grad.options().requires_grad(false)).scatter_add(-1, index, grad).to(saved.dtype);
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> route_differentiable(
-    const at::Tensor& logits, const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& valid,
-    const RouteOptions& options, const RouteCounting& counting) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> route_differentiable(const at::Tensor& logits,
+                                                                                const std::optional<at::Tensor>& bias,
+                                                                                const std::optional<at::Tensor>& valid,
+                                                                                const RouteOptions& options,
+                                                                                const RouteCounting& counting) {
   const bool in_backward = options.count_in() == "backward" && at::GradMode::is_enabled() && logits.requires_grad();
   const bool in_forward = options.count_in() == "forward";
   const RouteCounting active = in_backward || in_forward ? counting : RouteCounting{};

@@ -20,8 +20,8 @@ void check_groups(const RouteOptions& o, int64_t experts) {
                     ": top_groups must be in [1, num_groups = ", groups, "], got ", o.top_groups());
   TORCH_CHECK_VALUE(o.top_groups() * size >= o.top_k(), kName, ": the top_groups = ", o.top_groups(), " groups of ",
                     size, " experts hold fewer than top_k = ", o.top_k(), "; raise top_groups");
-  TORCH_CHECK_VALUE(o.group_score_k() >= 1 && o.group_score_k() <= size, kName,
-                    ": group_score_k must be in [1, ", size, "], the experts of a group; got ", o.group_score_k());
+  TORCH_CHECK_VALUE(o.group_score_k() >= 1 && o.group_score_k() <= size, kName, ": group_score_k must be in [1, ", size,
+                    "], the experts of a group; got ", o.group_score_k());
 }
 
 void check_beside(const at::Tensor& tensor, const char* name, const at::Tensor& logits) {
@@ -90,8 +90,8 @@ RouteMode route_mode(int64_t top_k, std::string_view score, bool normalize, std:
 
 void check_route_options(const RouteOptions& options, int64_t num_experts) {
   TORCH_CHECK_VALUE(num_experts >= 1, kName, ": the number of experts must be positive, got ", num_experts);
-  TORCH_CHECK_VALUE(options.top_k() >= 1 && options.top_k() <= num_experts, kName, ": top_k must be in [1, E = ",
-                    num_experts, "], got ", options.top_k());
+  TORCH_CHECK_VALUE(options.top_k() >= 1 && options.top_k() <= num_experts, kName,
+                    ": top_k must be in [1, E = ", num_experts, "], got ", options.top_k());
   route_mode(options.top_k(), options.score(), options.normalize(), options.nan_policy());
   TORCH_CHECK_VALUE(std::isfinite(options.route_scale()), kName, ": route_scale must be finite, got ",
                     options.route_scale());
@@ -117,8 +117,8 @@ void check_route(const at::Tensor& logits, const std::optional<at::Tensor>& bias
   if (valid) {
     TORCH_CHECK_TYPE(valid->scalar_type() == at::kBool, kName, ": valid must be bool (true = a token), got ",
                      valid->scalar_type());
-    TORCH_CHECK_VALUE(valid->dim() == 1 && valid->sym_size(0) == logits.sym_size(0), kName, ": valid must be [T = ",
-                      logits.sym_size(0), "], got ", valid->sym_sizes());
+    TORCH_CHECK_VALUE(valid->dim() == 1 && valid->sym_size(0) == logits.sym_size(0), kName,
+                      ": valid must be [T = ", logits.sym_size(0), "], got ", valid->sym_sizes());
     check_beside(*valid, "valid", logits);
   }
   TORCH_CHECK_VALUE(histogram.has_value() == bounds.has_value(), kName,

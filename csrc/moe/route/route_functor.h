@@ -179,8 +179,8 @@ TX_HD void route_gradient(const RouteRow<T>& row, const T* w, const T* v, const 
   for (int64_t i = 0; i < row.k; ++i) {
     const T slope = route_slope(row.score, a[i]);
     // slope / total first: it is bounded where both vanish
-    const T by_gate = row.gate == RouteGate::kNormalized ? row.scale * (w[i] - mixed) * (slope / total)
-                                                         : row.scale * w[i] * slope;
+    const T by_gate =
+        row.gate == RouteGate::kNormalized ? row.scale * (w[i] - mixed) * (slope / total) : row.scale * w[i] * slope;
     grad[i] = by_gate + (v != nullptr ? v[i] * slope : T(0));
   }
 }

@@ -10,8 +10,9 @@
 namespace torch_ext::kernels {
 namespace {
 
-constexpr int64_t kLane = 32;  // rows are padded to it; also the shape of a softmax's sum and of the search for a maximum
-constexpr int64_t kRows = 4;   // tokens that are selected side by side: one alone would wait for its own maxima
+constexpr int64_t kLane =
+    32;  // rows are padded to it; also the shape of a softmax's sum and of the search for a maximum
+constexpr int64_t kRows = 4;  // tokens that are selected side by side: one alone would wait for its own maxima
 
 int64_t padded(int64_t experts) { return (experts + kLane - 1) / kLane * kLane; }
 
@@ -92,8 +93,8 @@ TX_CLONES void block_maxima(const Code* __restrict codes, int64_t blocks, Code* 
   }
 }
 
-// ids[j][0 ... rounds - 1]: the largest codes of kRows rows, each taken out as it is found. The maxima of the blocks of 32
-// lead to it: a round reads one block instead of the row.
+// ids[j][0 ... rounds - 1]: the largest codes of kRows rows, each taken out as it is found. The maxima of the blocks of
+// 32 lead to it: a round reads one block instead of the row.
 template <typename Code>
 TX_CLONES void select(Code* __restrict codes, Code* __restrict top, int64_t blocks, int64_t rounds, Code out,
                       int32_t* __restrict ids) {
@@ -159,8 +160,8 @@ RouteRow<T> row_of(RouteScore score, RouteGate gate, double scale, bool zero_nan
   return {score, gate, static_cast<T>(scale), zero_nan, k};
 }
 
-// Memory of one range of tokens, in whole cache lines. Arrays that are walked together stand apart by no multiple of 4096
-// bytes, at which a load would wait for a store to another of them.
+// Memory of one range of tokens, in whole cache lines. Arrays that are walked together stand apart by no multiple of
+// 4096 bytes, at which a load would wait for a store to another of them.
 class Scratch {
  public:
   template <typename V>

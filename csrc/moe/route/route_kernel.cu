@@ -175,9 +175,9 @@ __global__ void __launch_bounds__(kWarp* kWarps) forward_kernel(const RouteProbl
       p.ids[at + k] = id;
       atomicAdd(&histogram[id], 1);  // integers: the order does not matter
       const T l = static_cast<T>(core::load(logits[id]));
-      a[at + k] = p.gate == RouteGate::kSoftmax        ? l
+      a[at + k] = p.gate == RouteGate::kSoftmax     ? l
                   : p.score == RouteScore::kSoftmax ? route_softmax(l, norm[0], norm[1])
-                                                       : score_alone(p.score, l);
+                                                    : score_alone(p.score, l);
     }
     if (lane == 0) route_gates(row, nan != 0, a + at, gates + at);
     if (cutoff != nullptr) {
@@ -222,8 +222,9 @@ __global__ void __launch_bounds__(kWarp* kWarps) backward_kernel(const RouteGrad
     __syncwarp();
     for (int64_t k = lane; k < g.top_k; k += kWarp) {
       const int32_t id = g.ids[at + k];
-      const T grad = dense ? route_softmax(static_cast<T>(core::load(logits[id])), max, sum) * (upstream(at + k) - mixed)
-                           : values[k];
+      const T grad = dense
+                         ? route_softmax(static_cast<T>(core::load(logits[id])), max, sum) * (upstream(at + k) - mixed)
+                         : values[k];
       core::store(to[id], grad);
     }
     __syncwarp();
@@ -277,8 +278,8 @@ void route_forward_cuda(const RouteProblem& p, core::DType type, int32_t* counts
   core::dispatch_dtype(type, [&](auto storage) {
     using S = decltype(storage);
     using Code = route_code_t<core::opmath_t<S>>;
-    const size_t shared = sizeof(Code) * static_cast<size_t>(kWarps * p.num_groups) +
-                          sizeof(int32_t) * static_cast<size_t>(p.experts);
+    const size_t shared =
+        sizeof(Code) * static_cast<size_t>(kWarps * p.num_groups) + sizeof(int32_t) * static_cast<size_t>(p.experts);
     dispatch_items(p.experts, [&](auto items) {
       forward_kernel<S, decltype(items)::value>
           <<<blocks_for(p.tokens), kWarp * kWarps, shared, static_cast<cudaStream_t>(stream)>>>(p, counts);
@@ -292,8 +293,7 @@ void route_backward_cuda(const RouteGradient& g, core::DType type, void* stream)
   core::dispatch_dtype(type, [&](auto storage) {
     using S = decltype(storage);
     const size_t shared = sizeof(core::opmath_t<S>) * static_cast<size_t>(kWarps * g.top_k);
-    backward_kernel<S>
-        <<<blocks_for(g.tokens), kWarp * kWarps, shared, static_cast<cudaStream_t>(stream)>>>(g);
+    backward_kernel<S><<<blocks_for(g.tokens), kWarp * kWarps, shared, static_cast<cudaStream_t>(stream)>>>(g);
     core::check_launch("moe_route_backward");
   });
 }

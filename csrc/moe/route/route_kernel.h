@@ -41,22 +41,22 @@ struct RouteGradient {
   RouteGate gate;
   double scale;
   bool zero_nan;
-  const int32_t* ids;   // [T, K]
-  const void* a;        // [T, K] float
-  const void* grad;     // [T, K] float: of gates
-  const void* grad_a;   // [T, K] float or null
-  const void* logits;   // softmax without normalize: [T, E], else null
-  const void* norm;     // with it [T, 2]
-  void* grad_logits;    // out: [T, E] in the logits' storage type
+  const int32_t* ids;  // [T, K]
+  const void* a;       // [T, K] float
+  const void* grad;    // [T, K] float: of gates
+  const void* grad_a;  // [T, K] float or null
+  const void* logits;  // softmax without normalize: [T, E], else null
+  const void* norm;    // with it [T, 2]
+  void* grad_logits;   // out: [T, E] in the logits' storage type
 };
 void route_backward_cpu(const RouteGradient& gradient, core::DType type, int64_t begin, int64_t end);
 void route_backward_cuda(const RouteGradient& gradient, core::DType type, void* stream);
 
 struct RouteBins {
   int64_t tokens, experts, bins;
-  const void* logits;  // [T, E]
-  const void* cutoff;  // [T] float
-  const bool* valid;   // [T] or null
+  const void* logits;   // [T, E]
+  const void* cutoff;   // [T] float
+  const bool* valid;    // [T] or null
   const float* bounds;  // [2]
   RouteScore score;
 };

@@ -111,20 +111,11 @@ at::Tensor backward_impl(const at::Tensor& grad_gates, const Optional& grad_a_, 
   const Optional logits = contiguous(logits_), norm = contiguous(norm_);
   const at::Tensor out = at::empty({ids.size(0), num_experts}, a.options().dtype(dtype));
   const auto pointer = [](const Optional& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; };
-  const kernels::RouteGradient gradient{ids.size(0),
-                                        num_experts,
-                                        top_k,
-                                        mode.score,
-                                        mode.gate,
-                                        route_scale,
-                                        mode.zero_nan,
-                                        ids.const_data_ptr<int32_t>(),
-                                        a.const_data_ptr(),
-                                        grad.const_data_ptr(),
-                                        pointer(grad_a),
-                                        pointer(logits),
-                                        pointer(norm),
-                                        out.mutable_data_ptr()};
+  const kernels::RouteGradient gradient{
+      ids.size(0),        num_experts,           top_k,           mode.score,
+      mode.gate,          route_scale,           mode.zero_nan,   ids.const_data_ptr<int32_t>(),
+      a.const_data_ptr(), grad.const_data_ptr(), pointer(grad_a), pointer(logits),
+      pointer(norm),      out.mutable_data_ptr()};
   const core::DType type = core::dtype_of(out, "moe.route: logits");
 #if TORCH_EXT_WITH_CUDA
   if (out.is_cuda()) {
@@ -173,8 +164,8 @@ at::Tensor histogram_impl(const at::Tensor& logits_, const at::Tensor& cutoff_, 
   return counts;
 }
 
-at::Tensor histogram_meta(const at::Tensor& logits, const at::Tensor&, const Optional&, const at::Tensor&,
-                          int64_t bins, std::string_view) {
+at::Tensor histogram_meta(const at::Tensor& logits, const at::Tensor&, const Optional&, const at::Tensor&, int64_t bins,
+                          std::string_view) {
   return at::empty_symint({logits.sym_size(1), bins}, logits.options().dtype(at::kInt).requires_grad(false));
 }
 
@@ -206,8 +197,8 @@ void load_add_impl(const at::Tensor& total, const at::Tensor& counts_) {
 
 }  // namespace
 
-RouteTensors route_forward(const at::Tensor& logits, const Optional& bias, const Optional& valid,
-                           const RouteOptions& o, bool cutoff) {
+RouteTensors route_forward(const at::Tensor& logits, const Optional& bias, const Optional& valid, const RouteOptions& o,
+                           bool cutoff) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("torch_ext::moe_route_forward", "")
                              .typed<decltype(forward_impl)>();

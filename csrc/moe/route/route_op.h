@@ -34,13 +34,15 @@ struct RouteCounting {
   std::optional<at::Tensor> load, histogram, bounds;
 };
 // Gates (differentiable), ids, counts, cutoff.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> route_differentiable(
-    const at::Tensor& logits, const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& valid,
-    const RouteOptions& options, const RouteCounting& counting);
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> route_differentiable(const at::Tensor& logits,
+                                                                                const std::optional<at::Tensor>& bias,
+                                                                                const std::optional<at::Tensor>& valid,
+                                                                                const RouteOptions& options,
+                                                                                const RouteCounting& counting);
 
-// gates, ids, counts, cutoff, and what the backward pass needs: `a` [T, K], the selected scores (softmax of the selected
-// logits where gates are one), NaN in rows with a NaN; and for softmax without normalize `norm` [T, 2], maximum and sum
-// of its exponentials (else [0]).
+// gates, ids, counts, cutoff, and what the backward pass needs: `a` [T, K], the selected scores (softmax of the
+// selected logits where gates are one), NaN in rows with a NaN; and for softmax without normalize `norm` [T, 2],
+// maximum and sum of its exponentials (else [0]).
 using RouteTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 RouteTensors route_forward(const at::Tensor& logits, const std::optional<at::Tensor>& bias,
                            const std::optional<at::Tensor>& valid, const RouteOptions& options, bool cutoff);

@@ -1,5 +1,3 @@
-#include "moe/router/router_op.h"
-
 #include <ATen/ATen.h>
 #include <torch/library.h>
 #include <torch/nn/modules/linear.h>
@@ -8,6 +6,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "moe/router/router_op.h"
 
 namespace torch_ext::moe {
 

@@ -20,10 +20,10 @@ struct DispatchPlan {
 };
 
 // ids [T, K] int32 (or int64) in [0, num_experts), or -1. With `capacity` an expert takes at most so many rows: the
-// first in (t, k) order, or, given gates [T, K], those with the largest gates (equal ones by position). Gates of what is
-// dropped are not redistributed. `align`: multiple to which every segment is padded, for grouped products.
-// Errors: ValueError for shapes, an id that is out of range (CPU; on CUDA such an entry is dropped), capacity < 1,
-// align < 1, or 2^31 rows and more; TypeError for dtypes.
+// first in (t, k) order, or, given gates [T, K], those with the largest gates (equal ones by position). Gates of what
+// is dropped are not redistributed. `align`: multiple to which every segment is padded, for grouped products. Errors:
+// ValueError for shapes, an id that is out of range (CPU; on CUDA such an entry is dropped), capacity < 1, align < 1,
+// or 2^31 rows and more; TypeError for dtypes.
 TORCH_EXT_API DispatchPlan dispatch_plan(const at::Tensor& ids, int64_t num_experts,
                                          std::optional<int64_t> capacity = std::nullopt,
                                          const std::optional<at::Tensor>& gates = std::nullopt, int64_t align = 1);

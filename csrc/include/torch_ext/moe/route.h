@@ -7,7 +7,8 @@
 //   gates = route_scale * (normalize and K > 1 ? a / (sum_k a + 1e-20) : a)
 //   counts[e] = number of (t, k) with ids = e
 //
-// Wang et al., arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437 (groups, scale); theory: Han and Zhong, arXiv:2512.03915.
+// Wang et al., arXiv:2408.15664; DeepSeek-V3, arXiv:2412.19437 (groups, scale); theory: Han and Zhong,
+// arXiv:2512.03915.
 #pragma once
 
 #include <ATen/core/Tensor.h>
