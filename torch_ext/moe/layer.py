@@ -15,8 +15,8 @@ _SQRT5 = 2.23606797749979  # as torch.nn.Linear initialises its weight: uniform 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """One product per segment: rows ``offsets[e]`` to ``offsets[e + 1] - 1`` of ``x`` times ``weight[e].T``.
 
-    ``x`` ``[S, D]``, ``weight`` ``[E, N, D]``, ``offsets`` ``[E + 1]`` int32 -> ``[S, N]``; rows past ``offsets[E]`` are
-    zeros. Differentiable to any order; in the narrow type under autocast. On CUDA it reads ``offsets`` back.
+    ``x`` ``[S, D]``, ``weight`` ``[E, N, D]``, ``offsets`` ``[E + 1]`` int32 -> ``[S, N]``; rows past ``offsets[E]``
+    are zeros. Differentiable to any order; in the narrow type under autocast. On CUDA it reads ``offsets`` back.
 
     Raises:
         ValueError, TypeError: shapes, devices, dtypes, offsets that do not rise.

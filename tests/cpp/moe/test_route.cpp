@@ -198,7 +198,9 @@ TEST(MoERoute, N9LoadsAreCountedOnceAndWhereTheOptionSays) {
       torch::autograd::grad({grads[0].square().sum()}, {logits}, {}, true);
     }
     EXPECT_EQ(total(load), backward);
-    if (backward > 0) EXPECT_TRUE(equal_bits(load, got.counts.to(at::kLong)));
+    if (backward > 0) {
+      EXPECT_TRUE(equal_bits(load, got.counts.to(at::kLong)));
+    }
     const torch::NoGradGuard no_grad;
     route(logits, {}, RouteOptions().count_in(count_in), {}, load);
     EXPECT_EQ(total(load), backward + forward);

@@ -212,21 +212,21 @@ def test_plan_rejections(error: Any, message: str, ids: Tensor, experts: int, op
 
 def test_row_rejections() -> None:
     plan = moe.dispatch_plan(IDS, 4)
-    with pytest.raises(ValueError, match=r"moe.permute: x must be \[T = 3, D\] for this plan, got \[4, 5\]"):
+    with pytest.raises(ValueError, match=r"moe\.permute: x must be \[T = 3, D\] for this plan, got \[4, 5\]"):
         moe.permute(torch.zeros(4, 5), plan)
-    with pytest.raises(ValueError, match=r"moe.combine: z must be \[S = 6, D\] for this plan"):
+    with pytest.raises(ValueError, match=r"moe\.combine: z must be \[S = 6, D\] for this plan"):
         moe.combine(torch.zeros(3, 5), None, plan)
-    with pytest.raises(TypeError, match=r"moe.combine: gates must be Float beside rows of BFloat16, got Double"):
+    with pytest.raises(TypeError, match=r"moe\.combine: gates must be Float beside rows of BFloat16, got Double"):
         moe.combine(torch.zeros(6, 5).bfloat16(), torch.zeros(3, 2).double(), plan)
-    with pytest.raises(ValueError, match=r"moe.combine: gates must be \[T, K\] = \[3, 2\]"):
+    with pytest.raises(ValueError, match=r"moe\.combine: gates must be \[T, K\] = \[3, 2\]"):
         moe.combine(torch.zeros(6, 5), torch.zeros(3, 3), plan)
-    with pytest.raises(TypeError, match="moe.permute: x has dtype Long"):
+    with pytest.raises(TypeError, match=r"moe\.permute: x has dtype Long"):
         moe.permute(torch.zeros(3, 5).long(), plan)
     with pytest.raises(TypeError, match="slot_of must be int32"):
         moe.permute(torch.zeros(3, 5), plan._replace(slot_of=plan.slot_of.long()))
     with pytest.raises(ValueError, match="the plan is on cpu, the rows are on meta"):
         moe.permute(torch.zeros(3, 5, device="meta"), plan)
-    with pytest.raises(ValueError, match=r"moe.to_dense: gates and ids must be \[T, K\]"):
+    with pytest.raises(ValueError, match=r"moe\.to_dense: gates and ids must be \[T, K\]"):
         moe.to_dense(torch.zeros(3, 3), IDS, 4)
 
 

@@ -88,11 +88,11 @@ def test_opcheck() -> None:
 
 def test_rejections() -> None:
     x = torch.zeros(2, 4, 3)
-    with pytest.raises(ValueError, match="moe.balance_loss: logits have the wrong number of dimensions"):
+    with pytest.raises(ValueError, match=r"moe\.balance_loss: logits have the wrong number of dimensions"):
         moe.balance_loss(x, torch.zeros(3))
     with pytest.raises(ValueError, match=r"counts must be \[E = 3\]"):
         moe.balance_loss(x[0], torch.zeros(4))
-    with pytest.raises(ValueError, match=r"moe.sequence_loss: top_k must be in \[1, E = 3\], got 4"):
+    with pytest.raises(ValueError, match=r"moe\.sequence_loss: top_k must be in \[1, E = 3\], got 4"):
         moe.sequence_loss(x, 4)
     with pytest.raises(ValueError, match="score must be 'sigmoid', 'softmax' or 'sqrtsoftplus', got 'none'"):
         moe.sequence_loss(x, 1, score="none")  # type: ignore[arg-type]
@@ -102,5 +102,5 @@ def test_rejections() -> None:
         moe.z_loss(x, valid=torch.ones(2, 4))
     with pytest.raises(ValueError, match="valid must have the shape of the logits without the last dimension"):
         moe.z_loss(x, valid=torch.ones(2, 3).bool())
-    with pytest.raises(TypeError, match="moe.z_loss: logits has dtype Long"):
+    with pytest.raises(TypeError, match=r"moe\.z_loss: logits has dtype Long"):
         moe.z_loss(x.long())
