@@ -8,10 +8,9 @@
 namespace torch_ext {
 namespace {
 
-template <typename Group>
-void reduce_mean(Group& group, std::vector<at::Tensor>& tensors) {
-  const at::NoGradGuard no_grad;
-  for (at::Tensor& tensor : tensors) tensor = tensor.to(core::arithmetic_type(tensor.scalar_type()));
+// One all-reduce of each device and dtype; `finish` gets its flat sum.
+template <typename Group, typename Finish>
+void reduce_flat(Group& group, std::vector<at::Tensor>& tensors, const Finish& finish) {
   for (const auto& bucket : core::buckets(tensors)) {
     std::vector<at::Tensor> parts;
     std::vector<int64_t> sizes;
@@ -21,9 +20,33 @@ void reduce_mean(Group& group, std::vector<at::Tensor>& tensors) {
     }
     std::vector<at::Tensor> flat{at::cat(parts)};
     group.allreduce(flat)->wait();
-    const auto means = flat[0].div_(group.getSize()).split_with_sizes(sizes);
-    for (size_t k = 0; k < bucket.size(); ++k) tensors[bucket[k]] = means[k].view(tensors[bucket[k]].sizes());
+    finish(flat[0]);
+    const auto results = flat[0].split_with_sizes(sizes);
+    for (size_t k = 0; k < bucket.size(); ++k) tensors[bucket[k]] = results[k].view(tensors[bucket[k]].sizes());
   }
+}
+
+template <typename Group>
+void reduce_mean(Group& group, std::vector<at::Tensor>& tensors) {
+  const at::NoGradGuard no_grad;
+  for (at::Tensor& tensor : tensors) tensor = tensor.to(core::arithmetic_type(tensor.scalar_type()));
+  reduce_flat(group, tensors, [&](at::Tensor& sum) { sum.div_(group.getSize()); });
+}
+
+template <typename Group>
+void reduce_sum(Group& group, std::vector<at::Tensor>& tensors) {
+  const at::NoGradGuard no_grad;
+  for (const at::Tensor& tensor : tensors) {
+    TORCH_CHECK_TYPE(at::isIntegralType(tensor.scalar_type(), /*includeBool=*/false), "sum_over: tensors must be ",
+                     "integers, got ", tensor.scalar_type());
+  }
+  reduce_flat(group, tensors, [](at::Tensor&) {});
+}
+
+template <typename Group>
+optim::ReduceFn make_sum(c10::intrusive_ptr<Group> group) {
+  TORCH_CHECK_VALUE(group.defined(), "sum_over: no process group");
+  return [group = std::move(group)](std::vector<at::Tensor>& tensors) { reduce_sum(*group, tensors); };
 }
 
 template <typename Group>
@@ -60,6 +83,9 @@ optim::ColumnShards make_shards(c10::intrusive_ptr<Group> group) {
 
 optim::ReduceFn mean_over(c10::intrusive_ptr<c10d::ProcessGroup> group) { return make(std::move(group)); }
 optim::ReduceFn mean_over(c10::intrusive_ptr<c10d::Backend> backend) { return make(std::move(backend)); }
+
+optim::ReduceFn sum_over(c10::intrusive_ptr<c10d::ProcessGroup> group) { return make_sum(std::move(group)); }
+optim::ReduceFn sum_over(c10::intrusive_ptr<c10d::Backend> backend) { return make_sum(std::move(backend)); }
 
 optim::ColumnShards shards_over(c10::intrusive_ptr<c10d::ProcessGroup> group) { return make_shards(std::move(group)); }
 optim::ColumnShards shards_over(c10::intrusive_ptr<c10d::Backend> backend) { return make_shards(std::move(backend)); }

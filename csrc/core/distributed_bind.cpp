@@ -17,7 +17,18 @@ std::vector<at::Tensor> all_reduce_mean(std::vector<at::Tensor> tensors,
   });
 }
 
-const Binding binding([](pybind11::module_& module) { module.def("all_reduce_mean", &all_reduce_mean); });
+std::vector<at::Tensor> all_reduce_sum(std::vector<at::Tensor> tensors,
+                                       const c10::intrusive_ptr<c10d::ProcessGroup>& group) {
+  return without_gil([&] {
+    sum_over(group)(tensors);
+    return tensors;
+  });
+}
+
+const Binding binding([](pybind11::module_& module) {
+  module.def("all_reduce_mean", &all_reduce_mean);
+  module.def("all_reduce_sum", &all_reduce_sum);
+});
 
 }  // namespace
 }  // namespace torch_ext::python

@@ -21,7 +21,8 @@ enum class PhiloxTag : uint32_t {
   kTransport = 4,
   kEnvironment = 5,
   kRounding = 6,
-  kInitial = 7
+  kInitial = 7,
+  kOutcome = 8
 };
 
 TX_HD Philox4 philox4x32(Philox4 counter, uint32_t key0, uint32_t key1) {

@@ -35,12 +35,17 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def not_applicable(request: pytest.FixtureRequest) -> None:
-    """Skips what the test's module lists in NOT_APPLICABLE: {(test, optimizer, variant or "*"): reason}."""
+    """Skips what the test's module lists in NOT_APPLICABLE: {(test, optimizer, variant or "*"): reason}.
+
+    The optimizer is that of the parameter ``case``, or its name in the parameter ``name``.
+    """
     table: dict[tuple[str, str, str], str] = getattr(request.module, "NOT_APPLICABLE", {})
-    case: Case | None = request.node.callspec.params.get("case") if hasattr(request.node, "callspec") else None
-    if case is None:
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    case: Case | None = params.get("case")
+    optimizer, variant = (params.get("name"), "*") if case is None else (case.optimizer, case.variant)
+    if not isinstance(optimizer, str):
         return
     test = request.function.__name__
-    reason = table.get((test, case.optimizer, case.variant)) or table.get((test, case.optimizer, "*"))
+    reason = table.get((test, optimizer, variant)) or table.get((test, optimizer, "*"))
     if reason is not None:
         pytest.skip(reason)

@@ -1,6 +1,7 @@
 """Optimizers: ``torch.optim.Optimizer`` subclasses on the library's fused kernels."""
 
 from torch_ext.optim.adahessian import AdaHessian
+from torch_ext.optim.alflb import ALFLB
 from torch_ext.optim.mfac import MFAC
 
-__all__ = ["MFAC", "AdaHessian"]
+__all__ = ["ALFLB", "MFAC", "AdaHessian"]

@@ -79,6 +79,13 @@ class Case:
         """One step that makes ``loss`` smaller, whatever the optimizer needs for it."""
         if self.driver in ("graph_closure", "grad"):
             return optimizer.step(lambda: loss() * self.loss_sign)
+        if self.driver == "counts":
+            for layer, ids in enumerate(loss.ids() if isinstance(loss, problems.ExpertScores) else []):
+                if isinstance(optimizer, _C.CppOptimizer):
+                    optimizer.call("record", layer, ids)
+                else:
+                    optimizer.record(layer, ids)
+            return optimizer.step(loss)
         raise NotImplementedError(f"no driver {self.driver!r}")
 
     def run(self, optimizer: Any, loss: Loss, steps: int) -> None:

@@ -4,7 +4,8 @@
     python -m torch_ext.testing.make_optim_db --check   # computes and compares with the file, writes nothing
 
 A row: ``driver`` says how the optimizer is driven (``graph_closure``: a closure that returns the loss with a graph
-that can be differentiated twice and calls no backward; ``grad``: gradients alone, here through the same closure);
+that can be differentiated twice and calls no backward; ``grad``: gradients alone, here through the same closure;
+``counts``: the experts that a loss's ``ids()`` selects, recorded before each step);
 ``problem`` is a function of :mod:`torch_ext.testing.problems`; ``options_bad`` holds ``[options, word in the
 message]``; every variant has its ``options`` (``betas`` is a list: JSON has no tuples), the factor ``loss_sign`` of
 the loss, the relative tolerance ``rtol`` (to the scale of the tensor; other instruction sets round matmul and tanh
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from torch_ext.reference.optim.adahessian import AdaHessianReference
+from torch_ext.reference.optim.alflb import ALFLBReference
 from torch_ext.reference.optim.mfac import MFACReference
 from torch_ext.testing import problems
 
@@ -43,13 +45,14 @@ def trajectory(
     loss_sign: int = 1,
     iterations: int = ITERATIONS,
     every: int = SAMPLE_EVERY,
+    counts: bool = False,
 ) -> dict[str, Any]:
     """Runs ``step = make_step(params)`` on a problem and samples it every so many iterations."""
     params, loss = getattr(problems, problem)()
     step = make_step(list(params.values()))
     out: dict[str, Any] = {"iterations": [], "loss": [], "parameters": {name: [] for name in params}}
     for i in range(iterations):
-        value = float(step(lambda: loss() * loss_sign)) * loss_sign
+        value = float(step(loss if counts else lambda: loss() * loss_sign)) * loss_sign
         if i % every == 0:
             out["iterations"].append(i)
             out["loss"].append(value)
@@ -206,10 +209,10 @@ def mfac(names: Sequence[str] | None = None, iterations: int = ITERATIONS) -> di
             return MFACReference(params, **options).step_closure
 
         window = options.get("window_format", "float32")
-        length = {"iterations": iterations, "every": SAMPLE_EVERY}
+        every, length = SAMPLE_EVERY, iterations
         if window in MFAC_COARSE:
-            length = {"iterations": min(iterations, MFAC_COARSE_ITERATIONS), "every": MFAC_COARSE_EVERY}
-        path = trajectory(make_step, problem="tanh_layer", loss_sign=sign, **length)
+            every, length = MFAC_COARSE_EVERY, min(iterations, MFAC_COARSE_ITERATIONS)
+        path = trajectory(make_step, problem="tanh_layer", loss_sign=sign, iterations=length, every=every)
         rtol = MFAC_RTOL[window]
         variants.append({"name": name, "options": options, "loss_sign": sign, "rtol": rtol, "trajectory": path})
     return {
@@ -220,7 +223,65 @@ def mfac(names: Sequence[str] | None = None, iterations: int = ITERATIONS) -> di
     }
 
 
-ROWS: dict[str, Callable[..., dict[str, Any]]] = {"AdaHessian": adahessian, "MFAC": mfac}
+#: The quantile rule needs a router that fills its histogram: its trajectories are in its own tests.
+ALFLB_VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "lr_power": {"lr": 0.05, "lr_power": 0.5},
+    "uncentered": {"center": False},
+    "proportional": {"rule": "proportional", "lr": 0.2},
+    "proportional_decreasing": {"rule": "proportional", "lr": 2.0, "lr_power": 1.0},
+    "proportional_load": {"rule": "proportional", "norm": "load", "lr": 0.02},
+    "momentum": {"rule": "momentum", "lr": 5e-3},
+    "together": {
+        "rule": "momentum",
+        "lr": 0.02,
+        "lr_power": 0.25,
+        "norm": "load",
+        "center": False,
+        "ema": 0.5,
+        "momentum": 0.9,
+        "kappa": 0.5,
+        "qb_bins": 10,
+    },
+}
+
+ALFLB_BAD: list[tuple[dict[str, Any], str]] = [
+    ({"lr": -1.0}, "lr"),
+    ({"lr_power": -0.5}, "lr_power"),
+    ({"rule": "adam"}, "rule"),
+    ({"norm": "batch"}, "norm"),
+    ({"ema": -0.1}, "ema"),
+    ({"ema": 1.1}, "ema"),
+    ({"momentum": -0.1}, "momentum"),
+    ({"momentum": 1.0}, "momentum"),
+    ({"kappa": 0.0}, "kappa"),
+    ({"qb_bins": 0}, "qb_bins"),
+]
+
+ALFLB_ITERATIONS, ALFLB_EVERY = 201, 20
+
+
+def alflb(names: Sequence[str] | None = None, iterations: int = ALFLB_ITERATIONS) -> dict[str, Any]:
+    """The row of ALFLB."""
+    variants = []
+    for name, options in ALFLB_VARIANTS.items():
+        if names is not None and name not in names:
+            continue
+
+        def make_step(params: list[Tensor], options: dict[str, Any] = options) -> Any:
+            return ALFLBReference(params, **options).step_closure
+
+        path = trajectory(make_step, problem="expert_scores", iterations=iterations, every=ALFLB_EVERY, counts=True)
+        variants.append({"name": name, "options": options, "loss_sign": 1, "rtol": 1e-6, "trajectory": path})
+    return {
+        "driver": "counts",
+        "problem": "expert_scores",
+        "options_bad": [list(pair) for pair in ALFLB_BAD],
+        "variants": variants,
+    }
+
+
+ROWS: dict[str, Callable[..., dict[str, Any]]] = {"AdaHessian": adahessian, "MFAC": mfac, "ALFLB": alflb}
 
 
 def dumps(value: Any, indent: int = 0) -> str:

@@ -20,6 +20,11 @@ namespace torch_ext {
 TORCH_EXT_API optim::ReduceFn mean_over(c10::intrusive_ptr<c10d::ProcessGroup> group);
 TORCH_EXT_API optim::ReduceFn mean_over(c10::intrusive_ptr<c10d::Backend> backend);
 
+// Replaces integer tensors by their sum over the processes. One all-reduce per device and dtype; the same bits as one
+// process that counted everything. For ALFLB::set_reduce.
+TORCH_EXT_API optim::ReduceFn sum_over(c10::intrusive_ptr<c10d::ProcessGroup> group);
+TORCH_EXT_API optim::ReduceFn sum_over(c10::intrusive_ptr<c10d::Backend> backend);
+
 // Splits a vector over the processes; for optimizers that keep a slice of their state on each (MFAC::set_shards).
 TORCH_EXT_API optim::ColumnShards shards_over(c10::intrusive_ptr<c10d::ProcessGroup> group);
 TORCH_EXT_API optim::ColumnShards shards_over(c10::intrusive_ptr<c10d::Backend> backend);

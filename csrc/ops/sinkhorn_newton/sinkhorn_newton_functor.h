@@ -10,6 +10,7 @@
 
 #include "core/dtype.h"
 #include "core/macros.h"
+#include "core/math.h"
 
 namespace torch_ext::kernels {
 
@@ -18,37 +19,7 @@ namespace torch_ext::kernels {
 constexpr double kNegligible = -60.0;
 constexpr double kUnderflow = -708.0;  // exp() of less is 0 in a plan
 
-// exp(x); 0 for x < floor, infinity for x > 709. floor >= -708. Relative error below 4e-16.
-TX_HD double exponential(double x, double floor) {
-  constexpr double kMagic = 0x1.8p52;  // adding it rounds to an integer, which then stands in the low bits
-  double y = x < floor ? floor : x;
-  y = y > 709.0 ? 709.0 : y;
-  const double shifted = y * 1.4426950408889634 + kMagic;
-  const double whole = shifted - kMagic;
-  const double r = (y - whole * 0x1.62e42feep-1) - whole * 0x1.a39ef35793c76p-33;  // log 2 in two parts
-  double e = 1.0 / 6227020800.0;
-  e = e * r + 1.0 / 479001600.0;
-  e = e * r + 1.0 / 39916800.0;
-  e = e * r + 1.0 / 3628800.0;
-  e = e * r + 1.0 / 362880.0;
-  e = e * r + 1.0 / 40320.0;
-  e = e * r + 1.0 / 5040.0;
-  e = e * r + 1.0 / 720.0;
-  e = e * r + 1.0 / 120.0;
-  e = e * r + 1.0 / 24.0;
-  e = e * r + 1.0 / 6.0;
-  e = e * r + 0.5;
-  e = e * r + 1.0;
-  e = e * r + 1.0;
-  uint64_t bits;
-  memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits + 1023u) << 52;
-  double scale;
-  memcpy(&scale, &bits, sizeof(scale));
-  e = e * scale;
-  e = x > 709.0 ? HUGE_VAL : e;
-  return x < floor ? 0.0 : e;
-}
+using core::exponential;
 
 // log(x) for x > 0; -infinity for 0. Absolute error below 4e-16 (1 + |log x|).
 TX_HD double logarithm(double x) {

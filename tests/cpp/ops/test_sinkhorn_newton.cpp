@@ -46,11 +46,11 @@ TEST(SinkhornFunctor, ExponentialAndLogarithm) {
     EXPECT_NEAR(kernels::exponential(x, -708), expected, 4e-16 * expected) << x;
     EXPECT_NEAR(kernels::logarithm(expected), x, 4e-16 * (1 + std::abs(x))) << x;
   }
-  EXPECT_EQ(kernels::exponential(0, -60), 1);
+  EXPECT_EQ(kernels::exponential(0.0, -60.0), 1);
   EXPECT_EQ(kernels::exponential(-60.1, -60), 0);
-  EXPECT_EQ(kernels::exponential(-HUGE_VAL, -60), 0);
-  EXPECT_EQ(kernels::exponential(710, -60), HUGE_VAL);
-  EXPECT_TRUE(std::isnan(kernels::exponential(NAN, -60)));
+  EXPECT_EQ(kernels::exponential(-HUGE_VAL, -60.0), 0);
+  EXPECT_EQ(kernels::exponential(710.0, -60.0), HUGE_VAL);
+  EXPECT_TRUE(std::isnan(kernels::exponential(static_cast<double>(NAN), -60.0)));
   EXPECT_EQ(kernels::logarithm(0), -HUGE_VAL);
   EXPECT_EQ(kernels::logarithm(1), 0);
   EXPECT_NEAR(kernels::logarithm(5e-324), std::log(5e-324), 1e-12);

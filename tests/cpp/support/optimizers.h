@@ -76,6 +76,13 @@ inline const std::vector<OptimizerCase>& optimizer_cases() {
   return cases;
 }
 
+// Rows of tests/optim_db.json that no gradient drives, so that the common tests, all of gradients, cannot: their own
+// files hold what applies to them (test_alflb.cpp).
+inline const std::vector<std::string>& other_optimizers() {
+  static const std::vector<std::string> names{"ALFLB"};
+  return names;
+}
+
 // tests/optim_db.json.
 inline c10::impl::GenericDict optim_db() {
   static const c10::IValue table = read_json(std::string(TORCH_EXT_TEST_DATA_DIR) + "/optim_db.json");

@@ -47,6 +47,33 @@ inline Problem tanh_layer(at::ScalarType dtype = at::kDouble) {
           }};
 }
 
+// "expert_scores": three layers of experts with fixed scores.
+struct ExpertScores {
+  std::vector<at::Tensor> biases, scores;
+  std::vector<int64_t> top_k{2, 1, 8};
+
+  ExpertScores() {
+    for (const int64_t experts : {8, 5, 37}) {
+      biases.push_back((indices(1, {experts}).sin() / 10).to(at::kFloat));
+      scores.push_back(indices(1, {64, experts}).sin() * 0.4 + indices(1, {experts}).cos() * 0.1 + 0.5);
+    }
+  }
+  at::Tensor keys(size_t layer) const { return scores[layer] + biases[layer].to(at::kDouble); }
+  std::vector<at::Tensor> ids() const {
+    std::vector<at::Tensor> result;
+    for (size_t i = 0; i < biases.size(); ++i) result.push_back(std::get<1>(at::topk(keys(i), top_k[i])));
+    return result;
+  }
+  at::Tensor loss() const {
+    at::Tensor total = at::zeros({}, at::kDouble);
+    for (size_t i = 0; i < biases.size(); ++i) {
+      const double share = static_cast<double>(top_k[i]) / static_cast<double>(biases[i].numel());
+      total = total + std::get<0>(at::topk(keys(i), top_k[i])).sum(1).mean() - biases[i].to(at::kDouble).sum() * share;
+    }
+    return total;
+  }
+};
+
 inline Problem problem_named(const std::string& name) {
   TORCH_CHECK(name == "tanh_layer", "the C++ tests do not know the problem ", name);
   return tanh_layer();

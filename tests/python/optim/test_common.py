@@ -34,6 +34,42 @@ NOT_APPLICABLE: dict[tuple[str, str, str], str] = {
     ("test_mixed_dtypes_equal_separate_optimizers", "MFAC", "*"): "one Fisher matrix couples all parameters",
     ("test_groups_share_one_step", "MFAC", "together"): 'blocks="per_group": its Fisher matrix follows the groups',
 }
+#: ALFLB moves float32 biases [E] by counts: what concerns gradients, other dtypes, shapes and layouts does not apply.
+#: tests/python/optim/test_alflb.py has its own versions of what does.
+for _test in (
+    "test_complex_parameters_are_refused",
+    "test_default_dtype_does_not_matter",
+    "test_duplicate_parameters",
+    "test_expanded_gradient",
+    "test_expanded_parameter_is_refused",
+    "test_grad_path_equals_closure",
+    "test_grad_scaler",
+    "test_grad_scaler_unscaled",
+    "test_half_precision_follows_float64",
+    "test_half_precision_state_is_float32_through_load",
+    "test_integer_parameters_are_never_touched",
+    "test_layouts_equal_contiguous",
+    "test_mixed_dtypes_equal_separate_optimizers",
+    "test_no_gradients_is_no_step",
+    "test_non_finite_gradient_only_counts",
+    "test_one_and_two_threads_are_equal",
+    "test_options_per_group",
+    "test_parameter_without_gradient_is_left_alone",
+    "test_parameters_keep_their_identity",
+    "test_sparse_gradients_are_refused",
+    "test_version_counters",
+    "test_zero_dim_and_zero_size_parameters",
+    "test_zero_gradients_move_nothing",
+):
+    NOT_APPLICABLE[_test, "ALFLB", "*"] = "it reads counts, no gradients"
+for _test, _reason in (
+    ("test_global_options_of_a_loaded_dict_reach_new_groups", "it has no option that all groups share"),
+    ("test_state_bytes_are_as_documented", "float32 biases only: test_state_memory of its own"),
+    ("test_copies_continue_alike", "its copies keep their routers: test_copies_stay_connected of its own"),
+):
+    NOT_APPLICABLE[_test, "ALFLB", "*"] = _reason
+for _variant in ("proportional", "proportional_decreasing"):
+    NOT_APPLICABLE["test_hooks_run_in_order", "ALFLB", _variant] = "its closure is no loss that could tell K"
 NAMES = list(dict.fromkeys(c.optimizer for c in cases()))
 COUNTERS = ("global_calls", "global_skipped")
 
@@ -43,7 +79,9 @@ STATE_BYTES: dict[str, Callable[[Tensor, dict[str, Any]], int]] = {
     "MFAC": lambda p, o: 4 + (p.numel() * max(4, p.element_size()) if o["momentum"] else 0),
 }
 #: A state tensor that has the parameter's shape, if the optimizer keeps it.
-OWN_STATE = {"AdaHessian": "exp_avg", "MFAC": "momentum_buffer"}
+OWN_STATE = {"AdaHessian": "exp_avg", "MFAC": "momentum_buffer", "ALFLB": "last_load"}
+#: Of parameters that are made without a problem.
+DTYPE = {"ALFLB": torch.float32}
 #: Options that keep large tensors affordable.
 LARGE: dict[str, dict[str, Any]] = {"AdaHessian": {}, "MFAC": {"num_grads": 4}}
 #: Options with which a few steps make a loss without noise smaller, whatever the variant.
@@ -192,7 +230,7 @@ def test_unknown_options_are_refused(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_params_that_are_no_parameters(name: str) -> None:
     make = getattr(optim, name)
-    (p,) = inputs((2,))
+    (p,) = inputs((2,), dtype=DTYPE.get(name, torch.float64))
     with pytest.raises(TypeError, match="iterable of Tensors or dicts"):
         make(p)
     with pytest.raises(TypeError, match="not iterable"):
@@ -684,7 +722,8 @@ def test_state_has_the_fields_of_the_table(case: Case) -> None:
     fields = {f["name"]: f for f in _C.schema(case.optimizer)["state"]}
     dtypes = {"arithmetic": torch.float64, "float32": torch.float32, "float64": torch.float64, "int64": torch.int64}
     first = optimizer.state[next(iter(params.values()))]
-    unused = {"momentum_buffer"} if optimizer.param_groups[0].get("momentum") == 0 else set()
+    group = optimizer.param_groups[0]
+    unused = {"momentum_buffer"} if group.get("momentum") == 0 or group.get("rule", "momentum") != "momentum" else set()
     assert set(first) == set(fields) - unused
     for name, value in first.items():
         assert fields[name]["dtype"] == "stored" or value.dtype == dtypes[fields[name]["dtype"]]

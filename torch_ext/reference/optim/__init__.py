@@ -1,6 +1,7 @@
 """Reference versions of ``torch_ext.optim``."""
 
 from torch_ext.reference.optim.adahessian import AdaHessianReference
+from torch_ext.reference.optim.alflb import ALFLBReference
 from torch_ext.reference.optim.mfac import MFACReference
 
-__all__ = ["AdaHessianReference", "MFACReference"]
+__all__ = ["ALFLBReference", "AdaHessianReference", "MFACReference"]
