@@ -1,6 +1,26 @@
 """Modules around the operators."""
 
+from torch_ext.nn.eggroll import (
+    EggrollConv2d,
+    EggrollEmbedding,
+    EggrollLayerNorm,
+    EggrollLinear,
+    eggroll_convert,
+    eggroll_revert,
+)
 from torch_ext.nn.sinkhorn_loss import SinkhornLoss
 from torch_ext.nn.snell_linear import SnellBudget, SnellLinear, apply_snell, snell_state_dict
 
-__all__ = ["SinkhornLoss", "SnellBudget", "SnellLinear", "apply_snell", "snell_state_dict"]
+__all__ = [
+    "EggrollConv2d",
+    "EggrollEmbedding",
+    "EggrollLayerNorm",
+    "EggrollLinear",
+    "SinkhornLoss",
+    "SnellBudget",
+    "SnellLinear",
+    "apply_snell",
+    "eggroll_convert",
+    "eggroll_revert",
+    "snell_state_dict",
+]
