@@ -101,8 +101,8 @@ TORCH_EXT_API at::Tensor eggroll_update(const at::Tensor& coeff, at::IntArrayRef
 
 // tensors[i] += s sigma E_i in place, rounded once to the tensor's type, for the single member noise.member_begin.
 // kinds[i]: "matrix", "embedding" or "vector"; ordinals[i] = -1 leaves the tensor as it is. Any layout and device.
-// Every element is theta + (s sigma / sqrt(rank)) (A_j0 B_k0 + A_j1 B_k1 + ...), added from the left, in the arithmetic
-// type: the same bits on CPU and CUDA.
+// Every element is theta + (c A_j0) B_k0 + (c A_j1) B_k1 + ..., c = s sigma / sqrt(rank), added from the left in the
+// arithmetic type: the same bits on CPU and CUDA, and the rows that eggroll_embedding returns.
 TORCH_EXT_API void eggroll_perturb_(at::TensorList tensors, at::IntArrayRef ordinals,
                                     const std::vector<std::string>& kinds, const EggrollNoise& noise);
 
