@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +18,7 @@ class _EggrollLayer(PopulationLayer):
     """What the four layers share: checks, and members without noise."""
 
     #: Parameters by name, True for those that are perturbed as a matrix.
-    _parts: dict[str, bool]
+    _parts: ClassVar[dict[str, bool]]
 
     def perturbed(self) -> list[Tensor]:
         return [p for p in (getattr(self, name) for name in self._parts) if p is not None]
@@ -41,9 +41,7 @@ class _EggrollLayer(PopulationLayer):
             )
         return population
 
-    def _with_baseline(
-        self, y: Tensor, x: Tensor, population: Population, plain: Callable[[Tensor], Tensor]
-    ) -> Tensor:
+    def _with_baseline(self, y: Tensor, x: Tensor, population: Population, plain: Callable[[Tensor], Tensor]) -> Tensor:
         """Members without noise see the plain layer: their rows of ``y`` are computed again."""
         rows = population.unperturbed_rows
         if rows is None or rows.numel() == 0:
@@ -59,22 +57,20 @@ class EggrollLinear(_EggrollLayer, nn.Linear):
     other layers of this module.
     """
 
-    _parts = {"weight": True, "bias": False}
+    _parts: ClassVar = {"weight": True, "bias": False}
 
     def forward(self, input: Tensor) -> Tensor:
         if self._population is None:
             return super().forward(input)
         pop = self._checked(input, self._population)
-        y = eggroll_linear(
-            input, self.weight, self.bias, pop.noise, pop.ordinal(self.weight), pop.ordinal(self.bias)
-        )
+        y = eggroll_linear(input, self.weight, self.bias, pop.noise, pop.ordinal(self.weight), pop.ordinal(self.bias))
         return self._with_baseline(y, input, pop, super().forward)
 
 
 class EggrollEmbedding(_EggrollLayer, nn.Embedding):
     """``torch.nn.Embedding``; with a population ``[members, ...] -> [members, ..., embedding_dim]``."""
 
-    _parts = {"weight": True}
+    _parts: ClassVar = {"weight": True}
 
     def check_population(self, population: Population) -> None:
         super().check_population(population)
@@ -92,7 +88,7 @@ class EggrollEmbedding(_EggrollLayer, nn.Embedding):
 class EggrollLayerNorm(_EggrollLayer, nn.LayerNorm):
     """``torch.nn.LayerNorm``; with a population ``[members, ..., *normalized_shape]``, gain and bias as vectors."""
 
-    _parts = {"weight": False, "bias": False}
+    _parts: ClassVar = {"weight": False, "bias": False}
 
     def forward(self, input: Tensor) -> Tensor:
         if self._population is None:
@@ -120,7 +116,7 @@ class EggrollConv2d(_EggrollLayer, nn.Conv2d):
     weight counts as the matrix [out_channels, in_channels * kh * kw].
     """
 
-    _parts = {"weight": True, "bias": False}
+    _parts: ClassVar = {"weight": True, "bias": False}
 
     def check_population(self, population: Population) -> None:
         super().check_population(population)
@@ -150,7 +146,7 @@ class EggrollConv2d(_EggrollLayer, nn.Conv2d):
             pop.ordinal(self.weight),
             pop.ordinal(self.bias),
             stride=self.stride,
-            padding=self._padding(),
+            padding=self._padding() or (0, 0),
             dilation=self.dilation,
         )
         return self._with_baseline(y, input, pop, self._plain)
@@ -158,7 +154,7 @@ class EggrollConv2d(_EggrollLayer, nn.Conv2d):
     def _plain(self, x: Tensor) -> Tensor:
         flat = x.flatten(0, 1) if x.dim() == 5 else x
         y = super().forward(flat)
-        return y.unflatten(0, x.shape[:2]) if x.dim() == 5 else y
+        return y.view(*x.shape[:2], *y.shape[1:]) if x.dim() == 5 else y
 
 
 _TWINS: dict[type[nn.Module], type[_EggrollLayer]] = {
@@ -174,7 +170,7 @@ def eggroll_convert(model: Model) -> Model:
 
     The modules stay the same objects with the same parameters, buffers, hooks and ``state_dict``; only their class
     changes, so that an optimizer made before or after sees no difference. Subclasses of torch's layers, which may
-    compute something else, stay as they are: if their parameters are to be perturbed, ``Population.applied_to`` says so.
+    compute something else, stay as they are: ``Population.applied_to`` says so if their parameters are to be perturbed.
 
     Returns:
         ``model``.
@@ -187,7 +183,7 @@ def eggroll_revert(model: Model) -> Model:
     return _exchange(model, {twin: plain for plain, twin in _TWINS.items()})
 
 
-def _exchange(model: Model, classes: dict[type[nn.Module], type[nn.Module]]) -> Model:
+def _exchange(model: Model, classes: Mapping[Any, type[nn.Module]]) -> Model:
     for module in model.modules():
         if type(module) in classes:
             module.__class__ = classes[type(module)]
@@ -196,9 +192,9 @@ def _exchange(model: Model, classes: dict[type[nn.Module], type[nn.Module]]) -> 
             # Its inference path reads the weights of its layers without calling them; this turns it off.
             converted = isinstance(module.linear1, PopulationLayer)
             if converted and not hasattr(module, "_eggroll_fast_path"):
-                module._eggroll_fast_path = module.activation_relu_or_gelu
+                module._eggroll_fast_path = module.activation_relu_or_gelu  # type: ignore[assignment]
                 module.activation_relu_or_gelu = 0
             elif not converted and hasattr(module, "_eggroll_fast_path"):
-                module.activation_relu_or_gelu = module._eggroll_fast_path
+                module.activation_relu_or_gelu = module._eggroll_fast_path  # type: ignore[assignment]
                 del module._eggroll_fast_path
     return model

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from torch_ext import _C
 from torch_ext.optim._base import Optimizer, ParamsT
@@ -171,6 +172,7 @@ class Eggroll(Optimizer):
         self._check_edited_options()
         return self._ask(begin, end)
 
+    @_disable_dynamo
     def _ask(self, begin: int = 0, end: int | None = None) -> Population:
         own, total = self.members, self.param_groups[0]["population"]
         if begin == 0 and end is None:
@@ -195,7 +197,7 @@ class Eggroll(Optimizer):
         return self._tell(values, update=False)
 
     @torch.no_grad()
-    def step(self, closure: PopulationClosure | None = None, *, values: Tensor | None = None) -> Tensor:
+    def step(self, closure: Callable[..., Any] | None = None, *, values: Tensor | None = None) -> Any:
         """One update.
 
         Args:
@@ -220,6 +222,7 @@ class Eggroll(Optimizer):
             self._abandon_step()
             raise
 
+    @_disable_dynamo
     def _evaluate(self, closure: PopulationClosure) -> Tensor:
         """The values of this process's members, chunk by chunk."""
         self._check_edited_options()
@@ -235,6 +238,7 @@ class Eggroll(Optimizer):
             return torch.empty(0, device=self._first_param.device, dtype=torch.float32)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    @_disable_dynamo
     @torch.no_grad()
     def _tell(self, values: Tensor, *, update: bool) -> Tensor:
         asked = self._asked

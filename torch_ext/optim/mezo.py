@@ -65,7 +65,7 @@ class MeZO(Optimizer):
         super().__init__(params, options, process_group)
 
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Tensor:
+    def step(self, closure: Closure | None = None) -> Any:
         """One update.
 
         Args:

@@ -44,7 +44,7 @@ class Population:
         self._members = members
         self.begin: int = members.begin
         #: Which noise the layers are to make, as the operators take it.
-        self.noise = EggrollNoise(*members.noise())
+        self.noise = EggrollNoise(*members.noise())  # type: ignore[arg-type]  # the law's word is checked in C++
         entries = members.params()
         self.params: list[Tensor] = [param for param, _, _ in entries]
         self._ordinals = {id(param): ordinal for param, ordinal, _ in entries}

@@ -202,6 +202,7 @@ void mezo_update(const std::vector<MezoTarget>& targets, const MezoNoise& noise,
     }
     for (const auto& stage : staged) stage.finish();
   }
+  for (const MezoTarget& target : targets) params.push_back(target.step);
   core::bump_versions(params);
 }
 

@@ -88,7 +88,9 @@ def close() -> dict[str, Any]:
 @pytest.mark.parametrize("name", [n for n in LAYERS if "without parameters" not in n])
 def test_baseline_members_see_the_plain_layer(name: str) -> None:
     module, x = made(name, 8)
-    optimizer = Eggroll(module.parameters(), sigma=0.3, population=8, shaping="baseline", group_size=4, kind=KINDS.get(name))
+    optimizer = Eggroll(
+        module.parameters(), sigma=0.3, population=8, shaping="baseline", group_size=4, kind=KINDS.get(name)
+    )
     pop = optimizer.ask()
     assert pop.unperturbed_rows is not None
     assert pop.unperturbed_rows.tolist() == [0, 1, 4, 5]
@@ -116,7 +118,9 @@ def test_without_a_population_it_is_the_plain_layer(name: str) -> None:
 
 
 def test_convert_keeps_everything_else() -> None:
-    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)), nn.Bilinear(4, 4, 2))
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.ReLU(), nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)), nn.Bilinear(4, 4, 2)
+    )
     model.append(model[0])  # shared
     params = list(model.parameters())
     calls: list[int] = []
@@ -156,10 +160,15 @@ def test_guards_nest_and_end() -> None:
     model = eggroll_convert(nn.Sequential(nn.Linear(3, 4)))
     optimizer = Eggroll(model.parameters(), population=8)
     a, b = optimizer.ask(0, 4), optimizer.ask(4, 8)
-    with a.applied_to(model):
-        with pytest.raises(KeyError), b.applied_to(model):
+
+    def raising() -> None:
+        with b.applied_to(model):
             assert model[0]._population is b
             raise KeyError
+
+    with a.applied_to(model):
+        with pytest.raises(KeyError):
+            raising()
         assert model[0]._population is a
     assert model[0]._population is None
 

@@ -7,7 +7,7 @@ s_i = +1, -1 and p = i div 2 (without antithetic pairs s_i = 1 and p = i); E_p a
 
     z = shaping(f)                              see shaped()
     c_p = z_2p - z_2p+1                         (z_p without pairs)
-    G = -kappa sum_p c_p E_p                    kappa: sigma / sqrt(N) "reference", 1 / N "paper", 1 / (N sigma) "unbiased"
+    G = -kappa sum_p c_p E_p                    kappa = sigma / sqrt(N), 1 / N or 1 / (N sigma)
     b = momentum b + (G + weight_decay p)
     p = p - lr b
 
@@ -65,7 +65,9 @@ class EggrollReferenceOptions:
         require(self.kind in (None, "matrix", "embedding", "vector"), "kind", "matrix, embedding, vector or None")
         require(0 < self.sigma < math.inf, "sigma", "finite and > 0")
         require(self.rank >= 1, "rank", ">= 1")
-        require(self.population >= 2 and not (pairs and self.population % 2), "population", "even, or >= 2 without pairs")
+        require(
+            self.population >= 2 and not (pairs and self.population % 2), "population", "even, or >= 2 without pairs"
+        )
         divides = self.group_size > 0 and self.group_size % 2 == 0 and self.population % self.group_size == 0
         require(self.group_size == 0 or divides, "group_size", "0 or an even divisor of population")
         require(self.noise_reuse >= 0, "noise_reuse", ">= 0")

@@ -61,7 +61,7 @@ class MeZOReference:
     def noise(self, ordinal: int) -> Tensor:
         """z of one parameter, float64."""
         p = self.params[ordinal]
-        key = {"seed": self.options[0].seed, "ordinal": ordinal, "epoch": self.calls}
+        key: dict[str, Any] = {"seed": self.options[0].seed, "ordinal": ordinal, "epoch": self.calls}
         return eggroll_noise(p.numel(), 1, tag=2, pair_begin=0, pair_end=1, **key).double().view(p.shape)
 
     @torch.no_grad()
