@@ -135,7 +135,15 @@ def perturbed(
         return theta.double()
     pair, sign = pair_and_sign(member, antithetic)
     e = direction(
-        theta.shape, kind=kind, seed=seed, pair=pair, ordinal=ordinal, epoch=epoch, rank=rank, law=law, dtype=theta.dtype
+        theta.shape,
+        kind=kind,
+        seed=seed,
+        pair=pair,
+        ordinal=ordinal,
+        epoch=epoch,
+        rank=rank,
+        law=law,
+        dtype=theta.dtype,
     )
     return theta.double() + sign * sigma * e
 
