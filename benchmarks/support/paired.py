@@ -15,11 +15,14 @@ import torch
 Side = tuple[Callable[[], object], int]  # what to run, and how many iterations one run stands for
 
 
-def rounds(sides: dict[str, Side], count: int = 15) -> dict[str, list[float]]:
+def rounds(
+    sides: dict[str, Side], count: int = 15, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds per iteration of every side in every round; the order is drawn anew for each round.
 
     A fixed order would give each side the same predecessor, whose traces in cache and heap then count as its own.
 
+    ``time.thread_time`` as the clock leaves out what other programs take; for work on one thread only.
     The first side runs twice a round, the second time as ``self``: ``self`` / first says how far to trust a ratio.
     """
     first = next(iter(sides))
@@ -31,9 +34,9 @@ def rounds(sides: dict[str, Side], count: int = 15) -> dict[str, list[float]]:
     for number in range(count):
         for name in random.Random(number).sample(names, len(names)):
             run, iterations = everything[name]
-            start = time.perf_counter()
+            start = clock()
             run()
-            times[name].append((time.perf_counter() - start) / iterations)
+            times[name].append((clock() - start) / iterations)
     return times
 
 

@@ -3,7 +3,7 @@
 //   build/bin/train_eggroll [--data FILE] [--steps 400] [--seed 0] [--objective loss|errors]
 //
 // features - 32 - classes, relu; 1400 of the 1797 digits train. Every step evaluates a population of 128 perturbed
-// networks on one batch of 64 rows, all in one pass, and Adam takes what they say. With --objective errors all that a
+// networks on one batch of rows, all in one pass, and Adam takes what they say. With --objective errors all that a
 // member reports is how many rows it classifies wrong: a loss whose gradient is zero everywhere.
 // examples/python/train_eggroll.py is the same program and says more about the settings.
 #include <torch/torch.h>
@@ -27,9 +27,9 @@ using torch_ext::optim::Eggroll, torch_ext::optim::EggrollOptions, torch_ext::op
 
 struct Arguments {
   std::string data = "examples/data/digits.csv", objective = "loss", shaping = "centered_rank";
-  int steps = 400, batch = 64;
+  int steps = 400, batch = 0;  // 0: by the objective
   int64_t population = 128;
-  double sigma = 0.1, lr = 0.05;
+  double sigma = 0, lr = 0.05;  // 0: by the objective
   uint64_t seed = 0;
   bool quiet = false;
 };
@@ -105,9 +105,10 @@ int main(int argc, char** argv) try {
   app.add_option("--data", args.data, "CSV: numeric features, last column an integer label, header optional");
   app.add_option("--objective", args.objective, "what a member reports")->check(CLI::IsMember({"loss", "errors"}));
   app.add_option("--steps", args.steps, "updates")->check(CLI::Range(1, 1000000));
-  app.add_option("--batch", args.batch, "rows that every member sees in a step")->check(CLI::Range(1, 1000000));
+  app.add_option("--batch", args.batch, "rows that every member sees in a step; 0: 64, for errors 256")
+      ->check(CLI::Range(0, 1000000));
   app.add_option("--population", args.population, "members; even");
-  app.add_option("--sigma", args.sigma, "size of the perturbations");
+  app.add_option("--sigma", args.sigma, "size of the perturbations; 0: 0.1, for errors 0.2");
   app.add_option("--shaping", args.shaping, "how values become weights, see torch_ext/optim/eggroll.h");
   app.add_option("--lr", args.lr, "Adam's learning rate, falling to zero");
   app.add_option("--seed", args.seed, "of the split, the initial weights, the batches and the noise");
@@ -118,6 +119,9 @@ int main(int argc, char** argv) try {
     return app.exit(error) == 0 ? 0 : 2;
   }
 
+  const bool errors = args.objective == "errors";
+  if (args.batch == 0) args.batch = errors ? 256 : 64;
+  if (args.sigma == 0) args.sigma = errors ? 0.2 : 0.1;
   torch::set_num_threads(1);  // a network this small runs fastest so
   const auto data = load(args);
   const Result result = train(data, args);

@@ -74,9 +74,8 @@ inline const std::vector<OptimizerCase>& optimizer_cases() {
     mfac.large = {{"num_grads", int64_t{4}}};
     mfac.steady = {{"damping", 1.0}};
     OptimizerCase eggroll = optimizer_case<optim::Eggroll, optim::EggrollOptions>(2.0, "momentum_buffer");
-    OptimizerCase mezo = optimizer_case<optim::MeZO, optim::MeZOOptions>(0.05, "");
+    OptimizerCase mezo = optimizer_case<optim::MeZO, optim::MeZOOptions>(0.5, "");
     for (OptimizerCase* item : {&eggroll, &mezo}) item->elementwise = item->reads_gradients = false;
-    eggroll.large = {{"population", int64_t{4}}};
     return std::vector<OptimizerCase>{optimizer_case<optim::AdaHessian, optim::AdaHessianOptions>(0.15, "exp_avg"),
                                       std::move(mfac), std::move(eggroll), std::move(mezo)};
   }();
