@@ -26,10 +26,6 @@ TX_CLONES void expand_binomial16(const uint32_t* __restrict words, int64_t count
   }
 }
 
-TX_CLONES void expand_binomial64(const uint32_t* __restrict words, int64_t count, float* __restrict out) {
-  for (int64_t i = 0; i < count / 2; ++i) out[i] = core::binomial64_from_words(words[2 * i], words[2 * i + 1]);
-}
-
 TX_CLONES void expand_rademacher(const uint32_t* __restrict words, int64_t count, float* __restrict out) {
   for (int64_t w = 0; w < count; ++w) {
     const uint32_t word = words[w];
@@ -44,7 +40,7 @@ void expand(const uint32_t* words, int64_t count, float* out) {
   } else if constexpr (law == NoiseLaw::kBinomial16) {
     expand_binomial16(words, count, out);
   } else if constexpr (law == NoiseLaw::kBinomial64) {
-    expand_binomial64(words, count, out);
+    binomial64_from_words(words, count / 2, out);
   } else {
     expand_rademacher(words, count, out);
   }

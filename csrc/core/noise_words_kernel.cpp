@@ -35,6 +35,10 @@ void gaussian_from_words_plain(const uint32_t* __restrict words, int64_t count, 
   for (int64_t i = 0; i < count; ++i) out[i] = core::gaussian_from_word(words[i], kTable.cell);
 }
 
+TX_CLONES void binomial64_from_words_plain(const uint32_t* __restrict words, int64_t count, float* __restrict out) {
+  for (int64_t i = 0; i < count; ++i) out[i] = core::binomial64_from_words(words[2 * i], words[2 * i + 1]);
+}
+
 #if TX_X86_NOISE
 
 // Every word of a counter has a 64-bit lane of its own, whose upper half may hold anything: the product reads the lower
@@ -159,6 +163,17 @@ __attribute__((target("avx512f,avx512dq,avx2"))) void gaussian_from_words_avx512
   }
 }
 
+// With an instruction that counts ones.
+__attribute__((target("avx512f,avx512vpopcntdq,avx2"))) void binomial64_from_words_popcount(
+    const uint32_t* __restrict words, int64_t count, float* __restrict out) {
+  const __m256i half = _mm256_set1_epi32(32);
+  const __m256 quarter = _mm256_set1_ps(0.25f);
+  for (int64_t i = 0; i < count; i += 8) {
+    const __m256i ones = _mm512_cvtepi64_epi32(_mm512_popcnt_epi64(_mm512_loadu_si512(words + 2 * i)));
+    _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_sub_epi32(ones, half)), quarter));
+  }
+}
+
 enum class Level { kPlain, kAvx2, kAvx512 };
 Level level() {
   static const Level best = [] {
@@ -201,6 +216,14 @@ void gaussian_from_words(const uint32_t* words, int64_t count, float* out) {
   if (level() == Level::kAvx2) return gaussian_from_words_avx2(words, count, out);
 #endif
   gaussian_from_words_plain(words, count, out);
+}
+
+void binomial64_from_words(const uint32_t* words, int64_t count, float* out) {
+#if TX_X86_NOISE
+  static const bool counts = level() == Level::kAvx512 && __builtin_cpu_supports("avx512vpopcntdq");
+  if (counts) return binomial64_from_words_popcount(words, count, out);
+#endif
+  binomial64_from_words_plain(words, count, out);
 }
 
 const GaussianCell* gaussian_cells_cpu() { return kTable.cell; }

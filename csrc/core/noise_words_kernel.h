@@ -1,4 +1,4 @@
-// The two loops that noise on the CPU spends its time in, with vector instructions where there are some. Every version
+// The loops that noise on the CPU spends its time in, with vector instructions where there are some. Every version
 // computes the same bits.
 #pragma once
 
@@ -15,6 +15,9 @@ void philox_words(uint32_t first, int64_t count, const core::PhiloxStream& strea
 
 // out[i] = the gaussian element of words[i]; count is a multiple of 16.
 void gaussian_from_words(const uint32_t* words, int64_t count, float* out);
+
+// out[i] = the element of the binomial64 law from words[2 i] and words[2 i + 1]; count is a multiple of 8.
+void binomial64_from_words(const uint32_t* words, int64_t count, float* out);
 
 // The table of the gaussian law in host memory.
 const core::GaussianCell* gaussian_cells_cpu();

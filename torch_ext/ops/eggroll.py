@@ -16,9 +16,9 @@ class EggrollNoise(NamedTuple):
     """Which noise a group of members sees (arXiv:2511.16652).
 
     Member ``i`` belongs to pair ``p = i // 2`` with sign ``s = +1`` for even ``i`` and ``-1`` for odd ``i``; without
-    ``antithetic``, ``p = i`` and ``s = +1``. It uses ``W + s sigma E`` for a matrix, ``E = A_p B_p^T / sqrt(rank)`` with
-    ``A_p`` ``[m, rank]`` and ``B_p`` ``[n, rank]``, and ``theta + s sigma eps_p`` for a vector. All elements have mean
-    0 and variance 1 and are functions of ``(seed, epoch, p, ordinal, element)`` alone, with the same bits on every
+    ``antithetic``, ``p = i`` and ``s = +1``. It uses ``W + s sigma E`` for a matrix, ``E = A_p B_p^T / sqrt(rank)``
+    with ``A_p`` ``[m, rank]`` and ``B_p`` ``[n, rank]``, and ``theta + s sigma eps_p`` for a vector. All elements have
+    mean 0 and variance 1 and are functions of ``(seed, epoch, p, ordinal, element)`` alone, with the same bits on every
     device; for bfloat16 and float16 parameters they are rounded to that type.
     """
 

@@ -72,6 +72,16 @@ void write_row(const Base* base, const opmath_t<S>* eps, opmath_t<S> eps_weight,
   }
 }
 
+// Asks for rows of x while their noise is made. A row is often a page of its own, and the hardware's own prefetching
+// ends with the page.
+template <typename S>
+void prefetch(const S* rows, int64_t size) {
+  constexpr int64_t kLine = 64, kMost = 16384;  // bytes
+  const auto* at = reinterpret_cast<const char*>(rows);
+  const int64_t bytes = std::min<int64_t>(kMost, size * static_cast<int64_t>(sizeof(S)));
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(at + i, 0, 2);
+}
+
 template <typename T>
 T factor_scale(double sigma, int64_t rank) {
   return static_cast<T>(sigma / std::sqrt(static_cast<double>(rank)));
@@ -96,6 +106,10 @@ void layer(const EggrollLayer& a, core::DType type, int64_t begin, int64_t end) 
   for (int64_t task = begin; task < end; ++task) {
     const int64_t pair = a.members.first_pair() + task / a.blocks(), row_begin = task % a.blocks() * kEggrollRows;
     const int64_t row_end = std::min(a.rows, row_begin + kEggrollRows);
+    if (low_rank) {
+      const int64_t first = a.members.first(pair) * a.rows + row_begin;
+      prefetch(x + first * a.in, (a.members.last(pair) * a.rows - first) * a.in);
+    }
     if (pair != made) {
       const auto make = [&](int64_t ordinal, PhiloxTag tag, int64_t rows, int64_t rank, std::vector<T>& to) {
         noise_factor_cpu({a.law, type, a.members.stream(pair, ordinal, tag), 0, rows, rank}, to.data(), rows, 1);

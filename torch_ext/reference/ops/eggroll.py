@@ -1,8 +1,8 @@
 """EGGROLL's noise, layers and update (arXiv:2511.16652) in plain torch, with every perturbation written out.
 
-Noise is bit-equal to the kernels': it is a function of (seed, epoch, pair, ordinal, tag, element) through Philox4x32-10,
-and only correctly rounded operations lie between. The layers form ``W + s sigma E`` for each member, which the operators
-never do, so they agree up to rounding only.
+Noise is bit-equal to the kernels': it is a function of (seed, epoch, pair, ordinal, tag, element) through
+Philox4x32-10, and only correctly rounded operations lie between. The layers form ``W + s sigma E`` for each member,
+which the operators never do, so they agree up to rounding only.
 """
 
 from __future__ import annotations
