@@ -24,6 +24,7 @@ def rounds(
 
     A fixed order would give each side the same predecessor, whose traces in cache and heap then count as its own.
 
+    ``time.thread_time`` as the clock leaves out what other programs take; for work on one thread only.
     The first side runs twice a round, the second time as ``self``: ``self`` / first says how far to trust a ratio.
     """
     first = next(iter(sides))

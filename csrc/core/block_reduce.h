@@ -21,7 +21,8 @@ TX_HD double sum_short(int64_t size, const Value& value) {
 }
 
 // Tree over the lanes. Written out, because a compiler keeps a loop over `half` and with it the lanes in memory.
-TX_HD double fold_lanes(double* lane) {
+template <typename T>
+TX_HD T fold_lanes(T* lane) {
   static_assert(kLanes == 32, "one line for each halving");
   for (int64_t l = 0; l < 16; ++l) lane[l] += lane[l + 16];
   for (int64_t l = 0; l < 8; ++l) lane[l] += lane[l + 8];

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,16 @@ def cpp_optimizer(name: str, params: Iterable[Tensor] | Iterable[dict[str, Any]]
     return _C.CppOptimizer(name, groups, options)
 
 
+@contextmanager
+def member(population: Any, i: int) -> Iterator[None]:
+    """``population.member(i)``, also of the population that a C++ optimizer hands to its closure."""
+    saved = getattr(population, "_members", population).perturb(i)
+    try:
+        yield
+    finally:
+        getattr(population, "_members", population).restore(saved)
+
+
 @dataclass(frozen=True)
 class Case:
     """One variant of one optimizer of ``tests/optim_db.json``."""
@@ -77,7 +88,17 @@ class Case:
 
     def step(self, optimizer: Any, loss: Loss) -> Any:
         """One step that makes ``loss`` smaller, whatever the optimizer needs for it."""
-        if self.driver in ("graph_closure", "grad"):
+        if self.driver == "population":
+
+            def values(population: Any) -> Tensor:
+                found = []
+                for i in range(len(population)):
+                    with member(population, i):
+                        found.append(loss().detach() * self.loss_sign)
+                return torch.stack(found)
+
+            return optimizer.step(values)
+        if self.driver in ("graph_closure", "grad", "loss"):
             return optimizer.step(lambda: loss() * self.loss_sign)
         if self.driver == "counts":
             for layer, ids in enumerate(loss.ids() if isinstance(loss, problems.ExpertScores) else []):

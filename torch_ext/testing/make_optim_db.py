@@ -5,7 +5,8 @@
 
 A row: ``driver`` says how the optimizer is driven (``graph_closure``: a closure that returns the loss with a graph
 that can be differentiated twice and calls no backward; ``grad``: gradients alone, here through the same closure;
-``counts``: the experts that a loss's ``ids()`` selects, recorded before each step);
+``counts``: the experts that a loss's ``ids()`` selects, recorded before each step;
+``population``: the losses of members that stand in the parameters one after another; ``loss``: losses alone);
 ``problem`` is a function of :mod:`torch_ext.testing.problems`; ``options_bad`` holds ``[options, word in the
 message]``; every variant has its ``options`` (``betas`` is a list: JSON has no tuples), the factor ``loss_sign`` of
 the loss, the relative tolerance ``rtol`` (to the scale of the tensor; other instruction sets round matmul and tanh
@@ -29,6 +30,8 @@ from torch import Tensor
 
 from torch_ext.reference.optim.adahessian import AdaHessianReference
 from torch_ext.reference.optim.alflb import ALFLBReference
+from torch_ext.reference.optim.eggroll import EggrollReference
+from torch_ext.reference.optim.mezo import MeZOReference
 from torch_ext.reference.optim.mfac import MFACReference
 from torch_ext.testing import problems
 
@@ -281,7 +284,125 @@ def alflb(names: Sequence[str] | None = None, iterations: int = ALFLB_ITERATIONS
     }
 
 
-ROWS: dict[str, Callable[..., dict[str, Any]]] = {"AdaHessian": adahessian, "MFAC": mfac, "ALFLB": alflb}
+EGGROLL_BASE: dict[str, Any] = {"lr": 0.4, "sigma": 0.1, "population": 8}
+EGGROLL_VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {"population": 4},
+    "momentum": {**EGGROLL_BASE, "lr": 0.1, "momentum": 0.7, "weight_decay": 0.01},
+    "independent": {**EGGROLL_BASE, "antithetic": False, "population": 9, "chunk_members": 5},
+    "grouped": {**EGGROLL_BASE, "shaping": "grouped", "group_size": 4, "kind": "vector"},
+    "centered_rank": {**EGGROLL_BASE, "shaping": "centered_rank", "nonfinite": "min", "noise_reuse": 3},
+    "sign": {**EGGROLL_BASE, "lr": 0.05, "shaping": "sign", "noise": "rademacher", "update_scale": "paper"},
+    "unbiased": {**EGGROLL_BASE, "lr": 0.05, "shaping": "raw", "update_scale": "unbiased", "noise": "binomial16"},
+    "softmax": {**EGGROLL_BASE, "lr": 4.0, "shaping": "softmax", "temperature": 0.05, "noise": "binomial64", "rank": 2},
+    "baseline": {**EGGROLL_BASE, "shaping": "baseline", "group_size": 8, "seed": 81985529216486895},
+    "maximize": {**EGGROLL_BASE, "maximize": True},
+}
+
+EGGROLL_BAD: list[tuple[dict[str, Any], str]] = [
+    ({"lr": -1.0}, "lr"),
+    ({"momentum": -0.1}, "momentum"),
+    ({"momentum": 1.0}, "momentum"),
+    ({"weight_decay": -0.1}, "weight_decay"),
+    ({"kind": "tensor"}, "kind"),
+    ({"sigma": 0.0}, "sigma"),
+    ({"sigma": -0.1}, "sigma"),
+    ({"rank": 0}, "rank"),
+    ({"rank": 5}, "rank"),
+    ({"population": 0}, "population"),
+    ({"population": 1}, "population"),
+    ({"population": 7}, "population"),
+    ({"group_size": -2}, "group_size"),
+    ({"group_size": 3, "population": 12}, "group_size"),
+    ({"group_size": 6, "population": 8}, "group_size"),
+    ({"shaping": "grouped"}, "group_size"),
+    ({"shaping": "baseline", "group_size": 2}, "group_size"),
+    ({"noise_reuse": -1}, "noise_reuse"),
+    ({"shaping": "rank"}, "shaping"),
+    ({"shaping": "sign", "antithetic": False}, "shaping"),
+    ({"temperature": 0.0}, "temperature"),
+    ({"noise": "uniform"}, "noise"),
+    ({"update_scale": "mean"}, "update_scale"),
+    ({"nonfinite": "skip"}, "nonfinite"),
+    ({"chunk_members": 0}, "chunk_members"),
+    ({"chunk_members": 3}, "chunk_members"),
+]
+
+#: Every member is an evaluation: shorter paths.
+EGGROLL_ITERATIONS, EGGROLL_EVERY = 61, 20
+
+
+def eggroll(names: Sequence[str] | None = None, iterations: int = ITERATIONS) -> dict[str, Any]:
+    """The row of Eggroll."""
+    variants = []
+    for name, options in EGGROLL_VARIANTS.items():
+        if names is not None and name not in names:
+            continue
+        sign = -1 if options.get("maximize") else 1
+
+        def make_step(params: list[Tensor], options: dict[str, Any] = options) -> Step:
+            return EggrollReference(params, **options).step_closure
+
+        path = trajectory(
+            make_step,
+            problem="tanh_layer",
+            loss_sign=sign,
+            iterations=min(iterations, EGGROLL_ITERATIONS),
+            every=EGGROLL_EVERY,
+        )
+        variants.append({"name": name, "options": options, "loss_sign": sign, "rtol": 1e-9, "trajectory": path})
+    return {
+        "driver": "population",
+        "problem": "tanh_layer",
+        "options_bad": [list(pair) for pair in EGGROLL_BAD],
+        "variants": variants,
+    }
+
+
+MEZO_VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "fast": {"lr": 0.01, "eps": 0.1, "weight_decay": 0.1},
+    "maximize": {"lr": 0.01, "maximize": True, "seed": 81985529216486895},
+}
+
+MEZO_BAD: list[tuple[dict[str, Any], str]] = [
+    ({"lr": -1.0}, "lr"),
+    ({"eps": 0.0}, "eps"),
+    ({"eps": -1e-3}, "eps"),
+    ({"weight_decay": -0.1}, "weight_decay"),
+]
+
+#: The difference of two nearly equal losses over 2 eps carries their rounding a few hundred times over.
+MEZO_RTOL = 1e-7
+
+
+def mezo(names: Sequence[str] | None = None, iterations: int = ITERATIONS) -> dict[str, Any]:
+    """The row of MeZO."""
+    variants = []
+    for name, options in MEZO_VARIANTS.items():
+        if names is not None and name not in names:
+            continue
+        sign = -1 if options.get("maximize") else 1
+
+        def make_step(params: list[Tensor], options: dict[str, Any] = options) -> Step:
+            return MeZOReference(params, **options).step_closure
+
+        path = trajectory(make_step, problem="tanh_layer", loss_sign=sign, iterations=iterations)
+        variants.append({"name": name, "options": options, "loss_sign": sign, "rtol": MEZO_RTOL, "trajectory": path})
+    return {
+        "driver": "loss",
+        "problem": "tanh_layer",
+        "options_bad": [list(pair) for pair in MEZO_BAD],
+        "variants": variants,
+    }
+
+
+ROWS: dict[str, Callable[..., dict[str, Any]]] = {
+    "AdaHessian": adahessian,
+    "MFAC": mfac,
+    "ALFLB": alflb,
+    "Eggroll": eggroll,
+    "MeZO": mezo,
+}
 
 
 def dumps(value: Any, indent: int = 0) -> str:

@@ -33,6 +33,8 @@ const char* type_name(optim::Field::Type type) {
       return "tuple[float, float]";
     case optim::Field::Type::kInt:
       return "int";
+    case optim::Field::Type::kOptionalInt:
+      return "int | None";
     case optim::Field::Type::kBool:
       return "bool";
     case optim::Field::Type::kString:

@@ -51,6 +51,11 @@ c10::IValue checked(const Schema& schema, const Field& field, const c10::IValue&
                         " needs two numbers, got ", elements.size());
       return c10::ivalue::Tuple::create(number(schema, field, elements[0]), number(schema, field, elements[1]));
     }
+    case Field::Type::kOptionalInt:
+      if (value.isNone()) return value;
+      need(value.isInt(), "an integer or None");
+      check_range(schema, field, static_cast<double>(value.toInt()));
+      return value;
     case Field::Type::kInt:
       need(value.isInt(), "an integer");
       check_range(schema, field, static_cast<double>(value.toInt()));

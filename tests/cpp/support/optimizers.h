@@ -4,6 +4,8 @@
 
 #include <torch_ext/optim/adahessian.h>
 #include <torch_ext/optim/base.h>
+#include <torch_ext/optim/eggroll.h>
+#include <torch_ext/optim/mezo.h>
 #include <torch_ext/optim/mfac.h>
 
 #include <functional>
@@ -25,8 +27,9 @@ struct OptimizerCase {
   std::function<std::unique_ptr<optim::Options>()> options;
   std::function<std::unique_ptr<optim::OptimizerBase>(Groups, const optim::Options&)> make;
   std::function<std::unique_ptr<optim::OptimizerBase>(optim::OptimizerBase&&)> move;
-  std::string own_state;    // a state tensor of the parameter's shape, if the optimizer keeps it
-  bool elementwise = true;  // what happens to an element depends on its own gradient only
+  std::string own_state;        // a state tensor of the parameter's shape, if the optimizer keeps it
+  bool elementwise = true;      // what happens to an element depends on its own gradient only
+  bool reads_gradients = true;  // false: a closure's values are all that it knows
   std::vector<std::pair<std::string, c10::IValue>> large = {};  // options that keep large tensors affordable
   // options with which a few steps make a loss without noise smaller, next to any learning rate up to 0.1
   std::vector<std::pair<std::string, c10::IValue>> steady = {};
@@ -70,8 +73,11 @@ inline const std::vector<OptimizerCase>& optimizer_cases() {
     mfac.elementwise = false;
     mfac.large = {{"num_grads", int64_t{4}}};
     mfac.steady = {{"damping", 1.0}};
+    OptimizerCase eggroll = optimizer_case<optim::Eggroll, optim::EggrollOptions>(2.0, "momentum_buffer");
+    OptimizerCase mezo = optimizer_case<optim::MeZO, optim::MeZOOptions>(0.5, "");
+    for (OptimizerCase* item : {&eggroll, &mezo}) item->elementwise = item->reads_gradients = false;
     return std::vector<OptimizerCase>{optimizer_case<optim::AdaHessian, optim::AdaHessianOptions>(0.15, "exp_avg"),
-                                      std::move(mfac)};
+                                      std::move(mfac), std::move(eggroll), std::move(mezo)};
   }();
   return cases;
 }

@@ -70,6 +70,24 @@ for _test, _reason in (
     NOT_APPLICABLE[_test, "ALFLB", "*"] = _reason
 for _variant in ("proportional", "proportional_decreasing"):
     NOT_APPLICABLE["test_hooks_run_in_order", "ALFLB", _variant] = "its closure is no loss that could tell K"
+for _name in ("Eggroll", "MeZO"):
+    for _test, _reason in {
+        "test_no_gradients_is_no_step": "reads no gradients",
+        "test_expanded_gradient": "reads no gradients",
+        "test_sparse_gradients_are_refused": "reads no gradients",
+        "test_grad_path_equals_closure": "reads no gradients",
+        "test_grad_scaler": "reads no gradients",
+        "test_grad_scaler_unscaled": "reads no gradients",
+        "test_parameter_without_gradient_is_left_alone": "moves all that it is given (its own test: what is frozen)",
+        "test_layouts_equal_contiguous": "every bit of a loss counts, and its sum follows the layout (its own test)",
+        "test_mixed_dtypes_equal_separate_optimizers": "losses couple all parameters",
+        "test_one_and_two_threads_are_equal": "the loss's own sum may depend on the threads (its own test)",
+        "test_half_precision_follows_float64": "perturbed parameters are rounded, so their losses differ",
+    }.items():
+        NOT_APPLICABLE[_test, _name, "*"] = _reason
+NOT_APPLICABLE["test_non_finite_gradient_only_counts", "Eggroll", "*"] = "an error, or the worst value (its own test)"
+NOT_APPLICABLE["test_one_cycle_lr", "MeZO", "*"] = "torch's OneCycleLR wants a momentum"
+NOT_APPLICABLE["test_one_cycle_lr", "Eggroll", "*"] = "its momentum of 0.95 does not descend in twelve noisy steps"
 NAMES = list(dict.fromkeys(c.optimizer for c in cases()))
 COUNTERS = ("global_calls", "global_skipped")
 
@@ -77,15 +95,23 @@ COUNTERS = ("global_calls", "global_skipped")
 STATE_BYTES: dict[str, Callable[[Tensor, dict[str, Any]], int]] = {
     "AdaHessian": lambda p, o: (p.numel() + p.numel() // adahessian_block(p, o)) * max(4, p.element_size()) + 4 + 16,
     "MFAC": lambda p, o: 4 + (p.numel() * max(4, p.element_size()) if o["momentum"] else 0),
+    "Eggroll": lambda p, o: 4 + (p.numel() * max(4, p.element_size()) if o["momentum"] else 0),
+    "MeZO": lambda p, o: 4,
 }
 #: A state tensor that has the parameter's shape, if the optimizer keeps it.
-OWN_STATE = {"AdaHessian": "exp_avg", "MFAC": "momentum_buffer", "ALFLB": "last_load"}
 #: Of parameters that are made without a problem.
 DTYPE = {"ALFLB": torch.float32}
+OWN_STATE = {
+    "AdaHessian": "exp_avg",
+    "MFAC": "momentum_buffer",
+    "ALFLB": "last_load",
+    "Eggroll": "momentum_buffer",
+    "MeZO": "step",
+}
 #: Options that keep large tensors affordable.
-LARGE: dict[str, dict[str, Any]] = {"AdaHessian": {}, "MFAC": {"num_grads": 4}}
+LARGE: dict[str, dict[str, Any]] = {"AdaHessian": {}, "MFAC": {"num_grads": 4}, "Eggroll": {}, "MeZO": {}}
 #: Options with which a few steps make a loss without noise smaller, whatever the variant.
-STEADY: dict[str, dict[str, Any]] = {"AdaHessian": {}, "MFAC": {"damping": 1.0}}
+STEADY: dict[str, dict[str, Any]] = {"AdaHessian": {}, "MFAC": {"damping": 1.0}, "Eggroll": {}, "MeZO": {}}
 
 
 def adahessian_block(p: Tensor, options: dict[str, Any]) -> int:
@@ -277,6 +303,19 @@ def test_global_options_cannot_differ(name: str) -> None:
         "blocks": "per_group",
         "window_device": "cpu",
         "maximize": True,
+        "sigma": 0.5,
+        "rank": 2,
+        "population": 12,
+        "antithetic": False,
+        "group_size": 4,
+        "noise_reuse": 2,
+        "shaping": "raw",
+        "temperature": 2.0,
+        "noise": "rademacher",
+        "update_scale": "paper",
+        "nonfinite": "min",
+        "chunk_members": 2,
+        "eps": 0.5,
     }
     lossy = {"error_feedback": {"window_format": "int8"}}
     case = next(c for c in cases() if c.optimizer == name)
@@ -293,7 +332,7 @@ def test_global_options_cannot_differ(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_global_options_of_a_loaded_dict_reach_new_groups(name: str) -> None:
     case = next(c for c in cases() if c.optimizer == name)
-    option = {"AdaHessian": "seed", "MFAC": "num_grads"}[name]
+    option = {"AdaHessian": "seed", "MFAC": "num_grads", "Eggroll": "seed", "MeZO": "seed"}[name]
     (a,) = inputs((2,))
     saved = case.make("python", [a], **{option: 5}).state_dict()
     for language in LANGUAGES:

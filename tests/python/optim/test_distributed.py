@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torch_ext import _C
-from torch_ext.optim import MFAC, AdaHessian
+from torch_ext.nn import eggroll_convert
+from torch_ext.optim import MFAC, AdaHessian, Eggroll, MeZO
 from torch_ext.testing import bits
 
 ROWS, STEPS = 12, 7
@@ -316,3 +317,103 @@ def check_mfac_rules(rank: int, world: int) -> None:
 
 def test_mfac_rules(tmp_path: Path) -> None:
     run_ranks(check_mfac_rules, 2, tmp_path)
+
+
+# ---- populations: values are gathered, and every process makes the same update
+
+EGGROLL_CASES: dict[str, dict[str, Any]] = {
+    "rademacher": {"noise": "rademacher"},
+    "binomial16, ranks": {"noise": "binomial16", "shaping": "centered_rank"},
+    "binomial64, sign": {"noise": "binomial64", "shaping": "sign"},
+    "rademacher, sharded": {"noise": "rademacher", "shaping": "sign", "momentum": 0.5},
+    "gaussian": {},
+}
+
+
+def evolve(kind: str, group: Any) -> tuple[list[Tensor], Eggroll]:
+    model, (x, y) = eggroll_convert(network(torch.float32)), data(torch.float32)
+    optimizer = Eggroll(
+        model.parameters(),
+        lr=1.0,
+        sigma=0.1,
+        population=24,
+        chunk_members=4,
+        process_group=group,
+        **EGGROLL_CASES[kind],
+    )
+    optimizer.sharded_update = "sharded" in kind
+    for _ in range(STEPS):
+
+        def values(pop: Any) -> Tensor:
+            with pop.applied_to(model):
+                out = model(x.expand(len(pop), *x.shape))
+            return ((out - y) ** 2).mean((1, 2))
+
+        optimizer.step(values)
+    return [p.detach().clone() for p in model.parameters()], optimizer
+
+
+def check_populations(rank: int, world: int) -> None:
+    group = dist.group.WORLD
+    for kind in EGGROLL_CASES:
+        parts, optimizer = evolve(kind, group)
+        alone, _ = evolve(kind, None)
+        if kind == "gaussian":
+            for a, b in zip(parts, alone, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        else:
+            assert bits(parts) == bits(alone), kind
+        optimizer.check_parameters()
+        gathered: list[Any] = [None] * world
+        dist.all_gather_object(gathered, list(optimizer.members))
+        assert [i for members in gathered for i in members] == list(range(24))
+
+    # a process that has drifted is found, by all
+    p = torch.zeros(3, requires_grad=True)
+    optimizer = Eggroll([p], population=8, process_group=group)
+    optimizer.check_parameters()
+    with torch.no_grad():
+        p[1] = 1e-8 * (rank == world - 1)
+    with pytest.raises(RuntimeError, match=r"parameter 0 \(shape \[3\]\) differs between process"):
+        optimizer.check_parameters()
+
+    # one process's value that is not finite stops all of them, with trits too
+    for shaping in ("zscore", "sign"):
+        p = torch.zeros(3, requires_grad=True)
+        optimizer = Eggroll([p], population=8, shaping=shaping, process_group=group)
+        bad = float("nan") if rank == 0 else 1.0
+        with pytest.raises(ValueError, match="infinite or NaN"):
+            optimizer.step(lambda pop, bad=bad: torch.full((len(pop),), bad))
+        assert not bool(p.any())
+
+    # more processes than pairs
+    p = torch.zeros(3, requires_grad=True)
+    optimizer = Eggroll([p], lr=1.0, population=2, process_group=group)
+    optimizer.step(lambda pop: torch.arange(len(pop), dtype=torch.float32) + pop.begin)
+    optimizer.check_parameters()
+    assert bool(p.any())
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_11_populations_on_any_number_of_processes(world: int, tmp_path: Path) -> None:
+    run_ranks(check_populations, world, tmp_path)
+
+
+def check_mezo(rank: int, world: int) -> None:
+    share = ROWS // world
+    results = []
+    for group, rows in ((dist.group.WORLD, slice(rank * share, (rank + 1) * share)), (None, slice(None))):
+        model, (x, y) = network(), data()
+        optimizer = MeZO(model.parameters(), lr=0.01, process_group=group)
+        for _ in range(STEPS):
+            optimizer.step(lambda model=model, x=x[rows], y=y[rows]: F.mse_loss(model(x), y))
+        results.append([p.detach() for p in model.parameters()])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    gathered: list[Any] = [None] * world
+    dist.all_gather_object(gathered, bits(results[0]))
+    assert all(g == gathered[0] for g in gathered)
+
+
+def test_mezo_parts_equal_the_whole(tmp_path: Path) -> None:
+    run_ranks(check_mezo, 2, tmp_path)

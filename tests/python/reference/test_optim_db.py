@@ -5,14 +5,18 @@ from typing import Any
 
 import pytest
 
-from torch_ext.reference.optim import AdaHessianReference, MFACReference
+from torch_ext.reference.optim import AdaHessianReference, EggrollReference, MeZOReference, MFACReference
 from torch_ext.reference.optim.adahessian import OPTION_NAMES
 from torch_ext.reference.optim.alflb import ALFLBReferenceOptions
+from torch_ext.reference.optim.eggroll import OPTION_NAMES as EGGROLL_OPTION_NAMES
+from torch_ext.reference.optim.mezo import OPTION_NAMES as MEZO_OPTION_NAMES
 from torch_ext.reference.optim.mfac import OPTION_NAMES as MFAC_OPTION_NAMES
 from torch_ext.testing import problems
 from torch_ext.testing.make_optim_db import (
     ADAHESSIAN_VARIANTS,
     ALFLB_VARIANTS,
+    EGGROLL_VARIANTS,
+    MEZO_VARIANTS,
     MFAC_VARIANTS,
     PATH,
     ROWS,
@@ -20,6 +24,8 @@ from torch_ext.testing.make_optim_db import (
     alflb,
     difference,
     dumps,
+    eggroll,
+    mezo,
     mfac,
 )
 
@@ -36,6 +42,12 @@ def test_every_row_is_there() -> None:
     assert varied == set(MFAC_OPTION_NAMES) | {"window_device"}
     assert [v["name"] for v in TABLE["ALFLB"]["variants"]] == list(ALFLB_VARIANTS)
     assert {name for options in ALFLB_VARIANTS.values() for name in options} == set(vars(ALFLBReferenceOptions()))
+    for name, variants, names in (
+        ("Eggroll", EGGROLL_VARIANTS, EGGROLL_OPTION_NAMES),
+        ("MeZO", MEZO_VARIANTS, MEZO_OPTION_NAMES),
+    ):
+        assert [v["name"] for v in TABLE[name]["variants"]] == list(variants)
+        assert {option for options in variants.values() for option in options} == set(names)
 
 
 def test_the_file_is_the_writers_text() -> None:
@@ -110,3 +122,41 @@ def test_bad_options_of_mfac_name_the_option(options: dict[str, Any], word: str)
     params, _ = problems.tanh_layer()
     with pytest.raises(ValueError, match=rf"MFAC: {word} must"):
         MFACReference(list(params.values()), **options)
+
+
+@pytest.mark.parametrize("variant", list(EGGROLL_VARIANTS))
+def test_first_steps_of_eggroll(variant: str) -> None:
+    (new,) = eggroll([variant], iterations=21)["variants"]
+    old = next(v for v in TABLE["Eggroll"]["variants"] if v["name"] == variant)
+    assert (old["options"], old["loss_sign"], old["rtol"]) == (new["options"], new["loss_sign"], new["rtol"])
+    assert new["trajectory"]["iterations"] == [0, 20]
+    assert difference(old["trajectory"], new["trajectory"]) <= old["rtol"]
+
+
+@pytest.mark.parametrize("variant", list(MEZO_VARIANTS))
+def test_first_hundred_steps_of_mezo(variant: str) -> None:
+    (new,) = mezo([variant], iterations=101)["variants"]
+    old = next(v for v in TABLE["MeZO"]["variants"] if v["name"] == variant)
+    assert (old["options"], old["loss_sign"], old["rtol"]) == (new["options"], new["loss_sign"], new["rtol"])
+    assert difference(old["trajectory"], new["trajectory"]) <= old["rtol"]
+
+
+@pytest.mark.parametrize("name", ["Eggroll", "MeZO"])
+def test_trajectories_of_losses_alone_descend_and_differ(name: str) -> None:
+    texts = []
+    for variant in TABLE[name]["variants"]:
+        path = variant["trajectory"]
+        assert path["loss"][-1] < path["loss"][0]
+        assert variant["name"] == "default" or path["loss"][-1] < 0.4
+        texts.append(json.dumps(path["parameters"]))
+    assert len(set(texts)) == len(texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "make"), [("Eggroll", EggrollReference), ("MeZO", MeZOReference)], ids=["Eggroll", "MeZO"]
+)
+def test_bad_options_of_losses_alone_name_the_option(name: str, make: Any) -> None:
+    params, _ = problems.tanh_layer()
+    for options, word in TABLE[name]["options_bad"]:
+        with pytest.raises(ValueError, match=rf"{name}: {word} must"):
+            make(list(params.values()), **options)

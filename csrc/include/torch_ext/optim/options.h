@@ -24,7 +24,7 @@ class Options;
 
 // One option: keyword argument in Python, accessor in C++, key of a parameter group, key in a checkpoint.
 struct Field {
-  enum class Type { kFloat, kOptionalFloat, kFloatPair, kInt, kBool, kString, kOptionalString };
+  enum class Type { kFloat, kOptionalFloat, kFloatPair, kInt, kOptionalInt, kBool, kString, kOptionalString };
   std::string name;
   Type type;
   c10::IValue default_value;
