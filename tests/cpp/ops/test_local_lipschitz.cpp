@@ -32,8 +32,8 @@ TEST(LocalLipschitz, N1HandNet) {
 }
 
 TEST(LocalLipschitz, N2OneHiddenLayerIsExact) {
-  const auto net = relu_net({f64({1, 0, 1, -1}, {2, 2}), f64({1, -2, 1, 1}, {2, 2})},
-                            {f64({0, .5}, {2}), f64({0, 0}, {2})});
+  const auto net =
+      relu_net({f64({1, 0, 1, -1}, {2, 2}), f64({1, -2, 1, 1}, {2, 2})}, {f64({0, .5}, {2}), f64({0, 0}, {2})});
   const at::Tensor x = f64({.5, .5}, {1, 2});
   EXPECT_LT((L(net, x, .25) - f64({3, 3}, {1, 2})).abs().max().item<double>(), 1e-12);
   EXPECT_LT((L(net, x, 1) - f64({4, 3}, {1, 2})).abs().max().item<double>(), 1e-12);
@@ -47,8 +47,8 @@ TEST(LocalLipschitz, N3StableAndPositiveNetworksAreExact) {
     EXPECT_LT(relative_error(at_point, jacobian_norms(net, x)), 1e-13) << backward;
   }
   const auto w = [&](size_t k) { return net->ptr<torch::nn::LinearImpl>(k)->weight.detach().abs(); };
-  const auto positive = relu_net({w(0), w(2), w(4)}, {at::zeros({6}, at::kDouble), at::zeros({5}, at::kDouble),
-                                                      at::zeros({3}, at::kDouble)});
+  const auto positive = relu_net(
+      {w(0), w(2), w(4)}, {at::zeros({6}, at::kDouble), at::zeros({5}, at::kDouble), at::zeros({3}, at::kDouble)});
   const at::Tensor product = at::matmul(w(4), at::matmul(w(2), w(0)));
   EXPECT_LT(relative_error(L(positive, at::zeros({1, 4}, at::kDouble), 1), product.sum(1).unsqueeze(0)), 1e-13);
 }
@@ -139,24 +139,25 @@ TEST(LocalLipschitz, N7GradientEqualsDifferences) {
 
 TEST(LocalLipschitz, N7BatchesAndConvolutions) {
   torch::manual_seed(77);
-  torch::nn::Sequential net(torch::nn::Conv2d(torch::nn::Conv2dOptions(2, 4, 3).stride(2).padding(1)),
-                            torch::nn::BatchNorm2d(4), torch::nn::ReLU(), torch::nn::Flatten(),
-                            torch::nn::Linear(64, 8), torch::nn::ReLU(), torch::nn::Linear(8, 3));
+  const torch::nn::Conv2d conv(torch::nn::Conv2dOptions(2, 4, 3).stride(2).padding(1));
+  const torch::nn::BatchNorm2d norm(4);
+  torch::nn::Sequential net(conv, norm, torch::nn::ReLU(), torch::nn::Flatten(), torch::nn::Linear(64, 8),
+                            torch::nn::ReLU(), torch::nn::Linear(8, 3));
   net->to(at::kDouble);
   net->eval();
-  net->ptr<torch::nn::BatchNorm2dImpl>(1)->running_mean.normal_();
+  norm->running_mean.normal_();
   const at::Tensor x = at::randn({3, 2, 7, 7}, at::kDouble);
   const at::Tensor together = L(net, x, .05);
   for (int64_t i = 0; i < 3; ++i) {
     EXPECT_LT(relative_error(L(net, x.narrow(0, i, 1), .05)[0], together[i]), 1e-12);
   }
-  torch::nn::Sequential front(net->ptr<torch::nn::Conv2dImpl>(0), net->ptr<torch::nn::BatchNorm2dImpl>(1));
+  torch::nn::Sequential front(conv, norm);
   const at::NoGradGuard no_grad;
   const at::Tensor bias = front->forward(at::zeros({1, 2, 7, 7}, at::kDouble)).flatten();
   const at::Tensor matrix = front->forward(at::eye(98, at::kDouble).view({98, 2, 7, 7})).flatten(1) - bias;
   const auto linear = [&](size_t k) { return net->ptr<torch::nn::LinearImpl>(k); };
-  const auto dense = relu_net({matrix.t(), linear(4)->weight, linear(6)->weight},
-                              {bias, linear(4)->bias, linear(6)->bias});
+  const auto dense =
+      relu_net({matrix.t(), linear(4)->weight, linear(6)->weight}, {bias, linear(4)->bias, linear(6)->bias});
   EXPECT_LT(relative_error(L(dense, x.flatten(1), .05), together), 1e-10);
 }
 
@@ -205,14 +206,16 @@ TEST(LocalLipschitz, BadInputIsNamed) {
   const auto contains = [](const std::string& text, const char* part) {
     EXPECT_NE(text.find(part), std::string::npos) << "'" << text << "' lacks '" << part << "'";
   };
-  contains(error(torch::nn::Sequential(torch::nn::Sequential(torch::nn::Linear(3, 3), torch::nn::LayerNorm(
-                     torch::nn::LayerNormOptions({3})))), x, .1),
+  contains(error(torch::nn::Sequential(torch::nn::Sequential(torch::nn::Linear(3, 3),
+                                                             torch::nn::LayerNorm(torch::nn::LayerNormOptions({3})))),
+                 x, .1),
            "layer '0.1' (LayerNorm) has no bound");
   contains(error(torch::nn::Sequential(torch::nn::MaxPool2d(2)), x, .1), "layer '0' (MaxPool2d) has no bound");
   contains(error(torch::nn::Sequential(torch::nn::BatchNorm1d(3)), x, .1), "call model.eval()");
-  contains(error(torch::nn::Sequential(torch::nn::Conv2d(
-                     torch::nn::Conv2dOptions(3, 2, 3).padding_mode(torch::kReflect))), x, .1),
-           "only 'zeros' is linear");
+  contains(
+      error(torch::nn::Sequential(torch::nn::Conv2d(torch::nn::Conv2dOptions(3, 2, 3).padding_mode(torch::kReflect))),
+            x, .1),
+      "only 'zeros' is linear");
   contains(error(torch::nn::Sequential(torch::nn::GELU(torch::nn::GELUOptions().approximate("tanh"))), x, .1),
            "is an approximate GELU");
   contains(error(good, x, -1), "the box is empty or holds NaN");

@@ -3,6 +3,7 @@
 
 #include <torch/torch.h>
 
+#include <cmath>
 #include <initializer_list>
 #include <string>
 #include <vector>
@@ -32,7 +33,8 @@ inline torch::nn::Sequential drawn_net(uint64_t seed, const std::vector<int64_t>
   torch::manual_seed(seed);
   std::vector<at::Tensor> weights, biases;
   for (size_t k = 0; k + 1 < sizes.size(); ++k) {
-    weights.push_back(at::randn({sizes[k + 1], sizes[k]}, at::kDouble) * std::sqrt(2.0 / static_cast<double>(sizes[k])));
+    weights.push_back(at::randn({sizes[k + 1], sizes[k]}, at::kDouble) *
+                      std::sqrt(2.0 / static_cast<double>(sizes[k])));
     biases.push_back(at::randn({sizes[k + 1]}, at::kDouble) * 0.3);
   }
   return relu_net(weights, biases);

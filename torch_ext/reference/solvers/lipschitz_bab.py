@@ -52,9 +52,10 @@ def pattern_maximum(weights: list[Tensor], biases: list[Tensor], lo: Tensor, hi:
     choices = [sorted({float(a), float(b)}) for low, high in slopes for a, b in zip(low, high, strict=True)]
     largest = 0.0
     for pattern in itertools.product(*choices):
-        s = torch.tensor(pattern, dtype=lo.dtype).split([len(low) for low, _ in slopes])
+        left = torch.tensor(pattern, dtype=lo.dtype)
         jacobian = weights[0]
         for k, weight in enumerate(weights[1:]):
-            jacobian = weight @ (s[k][:, None] * jacobian)
+            chosen, left = left[: len(weights[k])], left[len(weights[k]) :]
+            jacobian = weight @ (chosen[:, None] * jacobian)
         largest = max(largest, float(jacobian.abs().sum(1).max()))
     return largest
