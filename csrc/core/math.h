@@ -82,11 +82,10 @@ TX_HD double exponential(double x, double floor) {
   return x < floor ? 0.0 : e;
 }
 
-// The same in float: infinity for x > 88, floor >= -87, relative error below 2e-7.
-TX_HD float exponential(float x, float floor) {
+// exp(x) of x <= 0 in float; 0 for x < floor, floor >= -87. Relative error below 2e-7.
+TX_HD float exponential_below(float x, float floor) {
   constexpr float kMagic = 0x1.8p23f;
-  float y = x < floor ? floor : x;
-  y = y > 88.0f ? 88.0f : y;
+  const float y = x < floor ? floor : x;
   const float shifted = y * 1.44269504f + kMagic;
   const float whole = shifted - kMagic;
   const float r = (y - whole * 0x1.62e4p-1f) - whole * 0x1.7f7d1cp-20f;
@@ -103,9 +102,8 @@ TX_HD float exponential(float x, float floor) {
   bits = (bits + 127u) << 23;
   float scale;
   memcpy(&scale, &bits, sizeof(scale));
-  e = e * scale;
-  e = x > 88.0f ? HUGE_VALF : e;
-  return x < floor ? 0.0f : e;
+  return x < floor ? 0.0f : e * scale;
 }
+TX_HD double exponential_below(double x, double floor) { return exponential(x, floor); }
 
 }  // namespace torch_ext::core

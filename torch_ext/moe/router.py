@@ -71,7 +71,7 @@ class MoERouter(nn.Module):
             "count_in": count_in,
         }
         check_route_options(num_experts, **self.options)
-        self.weight = nn.Linear(dim, num_experts, bias=False, device=device, dtype=dtype).weight
+        self.weight = nn.Parameter(nn.Linear(dim, num_experts, bias=False, device=device, dtype=dtype).weight)
         self.register_buffer("expert_bias", torch.zeros(num_experts, dtype=torch.float32, device=device))
         self.load = torch.zeros(num_experts, dtype=torch.int64, device=device)
         self.quantile_histogram: Tensor | None = None
@@ -93,7 +93,7 @@ class MoERouter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MoERouter:
         bias = self.expert_bias
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         moved = self.expert_bias
         if moved.dtype != torch.float32:
             moved = moved.float() if bias.is_meta else bias.to(moved.device)

@@ -131,7 +131,7 @@ PlanTensors plan_impl(const at::Tensor& ids_, int64_t experts, std::optional<int
   const at::Tensor ids =
       (ids_.scalar_type() == at::kInt ? ids_ : at::clamp(ids_, -2, INT32_MAX).to(at::kInt)).contiguous();
   const Optional gates = gates_ ? Optional(gates_->contiguous()) : std::nullopt;
-  const PlanTensors out = outputs(ids, experts, capacity, align);
+  PlanTensors out = outputs(ids, experts, capacity, align);
   const auto& [offsets, slot_of, src_of] = out;
   const kernels::Plan plan{ids.const_data_ptr<int32_t>(),
                            ids.numel(),

@@ -94,7 +94,7 @@ at::Tensor permute_impl(const at::Tensor& x_, const Optional& gates, const at::T
   const c10::OptionalDeviceGuard guard(device_of(x_));
   const at::Tensor x = x_.contiguous();
   const Staging in(slot_of, src_of, gates, x.size(1));
-  const at::Tensor y = at::empty({in.rows.slots, in.rows.dim}, x.options());
+  at::Tensor y = at::empty({in.rows.slots, in.rows.dim}, x.options());
   const core::DType type = core::dtype_of(x, "moe.permute: x");
 #if TORCH_EXT_WITH_CUDA
   if (x.is_cuda()) {
@@ -114,7 +114,7 @@ at::Tensor combine_impl(const at::Tensor& z_, const Optional& gates, const at::T
   const c10::OptionalDeviceGuard guard(device_of(z_));
   const at::Tensor z = z_.contiguous();
   const Staging in(slot_of, src_of, gates, z.size(1));
-  const at::Tensor o = at::empty({in.rows.tokens, in.rows.dim}, z.options());
+  at::Tensor o = at::empty({in.rows.tokens, in.rows.dim}, z.options());
   const core::DType type = core::dtype_of(z, "moe.combine: z");
 #if TORCH_EXT_WITH_CUDA
   if (z.is_cuda()) {
@@ -133,7 +133,7 @@ at::Tensor match_impl(const at::Tensor& x_, const at::Tensor& z_, const at::Tens
   const c10::OptionalDeviceGuard guard(device_of(x_));
   const at::Tensor x = x_.contiguous(), z = z_.contiguous();
   const Staging in(slot_of, src_of, {}, x.size(1));
-  const at::Tensor u = at::empty(slot_of.sizes(), x.options().dtype(core::arithmetic_type(x.scalar_type())));
+  at::Tensor u = at::empty(slot_of.sizes(), x.options().dtype(core::arithmetic_type(x.scalar_type())));
   const core::DType type = core::dtype_of(x, "moe.combine: rows");
 #if TORCH_EXT_WITH_CUDA
   if (x.is_cuda()) {

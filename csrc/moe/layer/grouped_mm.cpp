@@ -77,7 +77,7 @@ at::Tensor mm_impl(const at::Tensor& x, const at::Tensor& weight, const at::Tens
 
 at::Tensor outer_impl(const at::Tensor& u, const at::Tensor& x, const at::Tensor& offsets) {
   check_outer(u, x, offsets);
-  const at::Tensor v = at::zeros({offsets.size(0) - 1, u.size(1), x.size(1)}, x.options());
+  at::Tensor v = at::zeros({offsets.size(0) - 1, u.size(1), x.size(1)}, x.options());
   for_segments(offsets, x.size(0), [&](int64_t e, int64_t first, int64_t rows) {
     at::Tensor out = v.select(0, e);
     at::mm_out(out, u.narrow(0, first, rows).t(), x.narrow(0, first, rows));

@@ -21,7 +21,7 @@ TX_HD float route_floor(float) { return -87.0f; }
 TX_HD double route_floor(double) { return -708.0; }
 template <typename T>
 TX_HD T route_exp(T x) {  // x <= 0
-  return core::exponential(x, route_floor(x));
+  return core::exponential_below(x, route_floor(x));
 }
 
 // 1 / (1 + exp(-l)), with full relative precision for l << 0.

@@ -72,6 +72,14 @@ void score_row(const T* x, int64_t width, T* s, T* norm) {
 }
 
 // --- selection ------------------------------------------------------------------------------------------------------
+constexpr int64_t kAhead = 4;  // rows whose logits are fetched while one is worked on
+
+template <typename S>
+void fetch(const S* row, int64_t count) {
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(S));
+  for (int64_t e = 0; e < count; e += kLine) __builtin_prefetch(row + e);
+}
+
 // Codes of the keys; true if a score is NaN.
 template <typename T>
 TX_CLONES bool code_row(const T* __restrict s, const T* __restrict bias, int64_t count,
@@ -245,7 +253,9 @@ class Forward {
   void prepare(int64_t t, int64_t j) {
     T *x = x_ + j * width_, *s = s_ + j * width_;
     Code* codes = codes_ + j * width_;
-    load_row(static_cast<const S*>(p_.logits) + t * p_.experts, p_.experts, x);
+    const S* logits = static_cast<const S*>(p_.logits) + t * p_.experts;
+    if (t + kAhead < p_.tokens) fetch(logits + kAhead * p_.experts, p_.experts);
+    load_row(logits, p_.experts, x);
     T norm[2] = {0, 1};
     score_row<T, F>(x, width_, s, norm);
     if (p_.norm != nullptr) std::copy_n(norm, 2, out<T>(p_.norm) + 2 * t);

@@ -58,7 +58,7 @@ RouteTensors forward_impl(const at::Tensor& logits_, const Optional& bias_, cons
   const RouteMode mode = route_mode(top_k, score, normalize, nan_policy);
   const at::Tensor logits = logits_.contiguous();
   const Optional bias = contiguous(bias_), valid = contiguous(valid_);
-  const RouteTensors out = outputs(logits, logits.size(0), top_k, mode.dense, cutoff);
+  RouteTensors out = outputs(logits, logits.size(0), top_k, mode.dense, cutoff);
   const auto& [gates, ids, counts, cutoffs, a, norm] = out;
   counts.zero_();
   const kernels::RouteProblem problem{logits.size(0),
@@ -109,7 +109,7 @@ at::Tensor backward_impl(const at::Tensor& grad_gates, const Optional& grad_a_, 
   const at::Tensor grad = grad_gates.to(a.scalar_type()).contiguous();
   const Optional grad_a = grad_a_ ? Optional(grad_a_->to(a.scalar_type()).contiguous()) : std::nullopt;
   const Optional logits = contiguous(logits_), norm = contiguous(norm_);
-  const at::Tensor out = at::empty({ids.size(0), num_experts}, a.options().dtype(dtype));
+  at::Tensor out = at::empty({ids.size(0), num_experts}, a.options().dtype(dtype));
   const auto pointer = [](const Optional& tensor) { return tensor ? tensor->const_data_ptr() : nullptr; };
   const kernels::RouteGradient gradient{
       ids.size(0),        num_experts,           top_k,           mode.score,
@@ -140,7 +140,7 @@ at::Tensor histogram_impl(const at::Tensor& logits_, const at::Tensor& cutoff_, 
   const c10::OptionalDeviceGuard guard(device_of(logits_));
   const at::Tensor logits = logits_.contiguous(), cutoff = cutoff_.contiguous(), bounds = bounds_.contiguous();
   const Optional valid = contiguous(valid_);
-  const at::Tensor counts = at::zeros({logits.size(1), bins}, logits.options().dtype(at::kInt));
+  at::Tensor counts = at::zeros({logits.size(1), bins}, logits.options().dtype(at::kInt));
   const kernels::RouteBins problem{logits.size(0),
                                    logits.size(1),
                                    bins,

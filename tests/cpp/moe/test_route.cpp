@@ -11,6 +11,8 @@
 #include <set>
 #include <vector>
 
+#include "core/math.h"
+#include "moe/route/route_functor.h"
 #include "support/check.h"
 
 namespace torch_ext::moe {
@@ -95,6 +97,24 @@ TEST(MoERoute, N1IsASortInDoublePrecision) {
     }
   }
   EXPECT_GT(compared, 0.9 * rows);
+}
+
+TEST(MoERoute, ScoresOfOnePlusMinusTimesDividedAreAccurate) {
+  for (double x = -87; x <= 0; x += 0.00713) {
+    const auto narrow = static_cast<float>(x);
+    const double exact = std::exp(static_cast<double>(narrow));
+    EXPECT_NEAR(core::exponential_below(narrow, -87.0f), exact, 2e-7 * exact) << x;
+  }
+  EXPECT_EQ(core::exponential_below(0.0f, -87.0f), 1);
+  EXPECT_EQ(core::exponential_below(-kInf, -87.0f), 0);
+  EXPECT_TRUE(std::isnan(core::exponential_below(NAN, -87.0f)));
+  for (double l = -40; l <= 40; l += 0.0371) {
+    const double sigmoid = 1 / (1 + std::exp(-l)), softplus = std::log1p(std::exp(-std::abs(l))) + std::max(l, 0.0);
+    EXPECT_NEAR(kernels::route_sigmoid(l), sigmoid, 2e-15 * sigmoid) << l;
+    EXPECT_NEAR(kernels::route_sqrt_softplus(l), std::sqrt(softplus), 2e-15 * std::sqrt(softplus)) << l;
+    const double slope = sigmoid / (2 * std::sqrt(softplus));
+    EXPECT_NEAR(kernels::route_slope(kernels::RouteScore::kSqrtSoftplus, std::sqrt(softplus)), slope, 4e-15 * slope);
+  }
 }
 
 TEST(MoERoute, N1GroupsTiesAndSizes) {

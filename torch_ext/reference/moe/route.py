@@ -31,7 +31,7 @@ def scores_of(logits: Tensor, score: str) -> Tensor:
 
 def group_scores(keys: Tensor, num_groups: int, group_score_k: int) -> Tensor:
     """``[T, G]``: the sum of the largest keys of each block of experts."""
-    blocks = keys.unflatten(-1, (num_groups, -1))
+    blocks = keys.view(len(keys), num_groups, -1)
     return blocks.sort(-1, descending=True).values[..., :group_score_k].sum(-1)
 
 
