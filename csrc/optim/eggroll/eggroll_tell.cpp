@@ -224,6 +224,7 @@ void eggroll_check_equal(const std::vector<at::Tensor>& tensors, const ColumnSha
   if (shards.count == 1) return;
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> sums;
+  sums.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) sums.push_back(bit_checksum(tensor));
   if (sums.empty()) return;
   const at::Tensor own = at::cat(sums), all = shards.all_gather(own).view({shards.count, -1});
