@@ -4,8 +4,8 @@ PYTHONPATH=. python benchmarks/ops/bench_eggroll.py [--json FILE] [--rounds 15] 
 
 An MLP of three layers, 1024 wide with biases; every weight and bias is perturbed, with noise made on the fly. Ratios
 are medians over interleaved rounds of the calling thread's CPU time (of wall time with several threads), so that other
-programs on the machine count less. "dense" is evolution strategies with a perturbation of full rank for each of 64
-members, materialised by torch.func.vmap over functional_call, per member.
+programs on the machine count less. "dense" is what evolution strategies do without low rank, written by us: W + sigma E
+of full rank for each of 64 members, then torch.func.vmap over the layer; per member.
 """
 
 from __future__ import annotations

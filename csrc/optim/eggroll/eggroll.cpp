@@ -164,7 +164,7 @@ at::Tensor Eggroll::tell(const at::Tensor& values, bool update) {
   return shaped.mean;
 }
 
-at::Tensor Eggroll::step(PopulationClosure closure) {
+at::Tensor Eggroll::step(const PopulationClosure& closure) {
   TORCH_CHECK(closure, kName, ": step() needs a closure that returns the members' values; or use ask() and tell()");
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> parts;

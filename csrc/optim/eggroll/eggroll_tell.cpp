@@ -1,9 +1,8 @@
 #include "optim/eggroll/eggroll_tell.h"
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/grad_mode.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
@@ -225,6 +224,7 @@ void eggroll_check_equal(const std::vector<at::Tensor>& tensors, const ColumnSha
   if (shards.count == 1) return;
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> sums;
+  sums.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) sums.push_back(bit_checksum(tensor));
   if (sums.empty()) return;
   const at::Tensor own = at::cat(sums), all = shards.all_gather(own).view({shards.count, -1});

@@ -45,7 +45,7 @@ at::Tensor Population::unperturbed_rows() const {
   for (int64_t i = 0; baseline_ > 0 && i < size_; ++i) {
     if ((begin() + i) % baseline_ < 2) rows.push_back(i);
   }
-  const at::Tensor result = at::empty({static_cast<int64_t>(rows.size())}, at::kLong);
+  at::Tensor result = at::empty({static_cast<int64_t>(rows.size())}, at::kLong);
   std::copy(rows.begin(), rows.end(), result.data_ptr<int64_t>());
   return result;
 }

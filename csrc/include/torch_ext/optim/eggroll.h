@@ -132,7 +132,7 @@ class TORCH_EXT_API Eggroll : public OptimizerBase {
   at::Tensor tell(const at::Tensor& values, bool update = true);
 
   // One update: the closure is called for chunk_members members at a time.
-  at::Tensor step(PopulationClosure closure);
+  at::Tensor step(const PopulationClosure& closure);
   // The same with a closure that knows nothing of populations: called once for every member, which stands in the
   // parameters meanwhile (Population::member).
   at::Tensor step(LossClosure closure = nullptr) override;
