@@ -13,6 +13,8 @@
 
 namespace torch_ext::optim {
 
+inline constexpr const char* kALFLB = "ALFLB";  // in messages
+
 // Number of experts per token of a layer that nobody told the balancer.
 constexpr int64_t kUnknownTopK = -1;
 

@@ -15,8 +15,6 @@
 namespace torch_ext::optim {
 namespace {
 
-constexpr const char* kName = "Eggroll";
-
 // Groups without options may be written as parameters only; the base class fills them in.
 std::vector<torch::optim::OptimizerParamGroup> one_group(std::vector<at::Tensor> params) {
   return {torch::optim::OptimizerParamGroup(std::move(params))};
@@ -28,10 +26,10 @@ void check_combinations(const Options& o) {
                       antithetic);
   const auto chunk = o.get("chunk_members").toOptional<int64_t>();
   TORCH_CHECK_VALUE(!chunk.has_value() || !antithetic || *chunk % 2 == 0, "Invalid chunk_members: ", *chunk, " (",
-                    kName, " evaluates pairs, so it needs an even number; antithetic=False does without them)");
+                    kEggroll, " evaluates pairs, so it needs an even number; antithetic=False does without them)");
   const auto kind = o.get("kind").toOptional<std::string>();
   TORCH_CHECK_VALUE(!kind.has_value() || *kind == "matrix" || *kind == "embedding" || *kind == "vector",
-                    "Invalid kind: '", kind.value_or(""), "' (", kName, " knows 'matrix', 'embedding', 'vector')");
+                    "Invalid kind: '", kind.value_or(""), "' (", kEggroll, " knows 'matrix', 'embedding', 'vector')");
 }
 
 bool same_params(const std::vector<PopulationParam>& a, const std::vector<PopulationParam>& b) {
@@ -61,7 +59,7 @@ const Schema& Eggroll::static_schema() {
     return Field{name, Type::kBool, value, -kInf, kInf, false, false, {}, /*global=*/true};
   };
   static const Schema schema{
-      kName,
+      kEggroll,
       /*format_version=*/1,
       {
           {"lr", Type::kFloat, 1e-3, 0, kInf, false, true},
@@ -126,8 +124,8 @@ Population Eggroll::ask(int64_t begin, std::optional<int64_t> end) {
   const Options& shared = shared_options();
   const bool all = begin == 0 && !end.has_value();
   const int64_t from = all ? own.first : begin, to = all ? own.second : end.value_or(shared.get("population").toInt());
-  TORCH_CHECK_VALUE(from >= 0 && to <= shared.get("population").toInt() && from < to, kName, ": ask(", from, ", ", to,
-                    ") of a population of ", shared.get("population").toInt());
+  TORCH_CHECK_VALUE(from >= 0 && to <= shared.get("population").toInt() && from < to, kEggroll, ": ask(", from, ", ",
+                    to, ") of a population of ", shared.get("population").toInt());
   auto params = perturbed();
   const ops::EggrollNoise noise = eggroll_noise_of(shared, updates(), from);
   Population population(noise, to - from, params, eggroll_baseline(shared));
@@ -137,12 +135,12 @@ Population Eggroll::ask(int64_t begin, std::optional<int64_t> end) {
 
 at::Tensor Eggroll::tell(const at::Tensor& values, bool update) {
   const at::NoGradGuard no_grad;
-  TORCH_CHECK(asked_.has_value(), kName, ": tell() without ask(): the values belong to no population");
+  TORCH_CHECK(asked_.has_value(), kEggroll, ": tell() without ask(): the values belong to no population");
   const Options& shared = shared_options();
   auto params = perturbed();
   TORCH_CHECK_VALUE(
-      same_noise(asked_->noise, eggroll_noise_of(shared, updates(), 0)) && same_params(asked_->params, params), kName,
-      ": parameters or options changed between ask() and tell(): ask again");
+      same_noise(asked_->noise, eggroll_noise_of(shared, updates(), 0)) && same_params(asked_->params, params),
+      kEggroll, ": parameters or options changed between ask() and tell(): ask again");
   const EggrollShaped shaped = eggroll_shaped(shared, values, shards_);
   const ops::EggrollNoise noise = asked_->noise;
   asked_.reset();
@@ -165,7 +163,7 @@ at::Tensor Eggroll::tell(const at::Tensor& values, bool update) {
 }
 
 at::Tensor Eggroll::step(const PopulationClosure& closure) {
-  TORCH_CHECK(closure, kName, ": step() needs a closure that returns the members' values; or use ask() and tell()");
+  TORCH_CHECK(closure, kEggroll, ": step() needs a closure that returns the members' values; or use ask() and tell()");
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> parts;
   for (const auto& [begin, end] : eggroll_chunks(shared_options(), shards_.rank, shards_.count)) {
@@ -182,13 +180,13 @@ at::Tensor Eggroll::step(const PopulationClosure& closure) {
 }
 
 at::Tensor Eggroll::step(LossClosure closure) {
-  TORCH_CHECK(closure, kName, ": step() needs a closure that returns the members' values; or use ask() and tell()");
+  TORCH_CHECK(closure, kEggroll, ": step() needs a closure that returns the members' values; or use ask() and tell()");
   return step(PopulationClosure([&](const Population& population) {
     std::vector<at::Tensor> values;
     for (int64_t i = 0; i < population.size(); ++i) {
       const auto guard = population.member(i);
       const at::Tensor value = closure();
-      TORCH_CHECK(value.defined() && value.numel() == 1, kName, ": the closure must return one number");
+      TORCH_CHECK(value.defined() && value.numel() == 1, kEggroll, ": the closure must return one number");
       values.push_back(value.detach().reshape({}));
     }
     return at::stack(values);

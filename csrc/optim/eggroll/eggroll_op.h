@@ -10,6 +10,8 @@
 
 namespace torch_ext::optim {
 
+inline constexpr const char* kEggroll = "Eggroll";  // in messages
+
 // torch_ext::eggroll_shape: (coefficients, mean, nonfinite) of the values [N] of a population, on their device.
 //   coefficients  float64 [N / 2] (antithetic: differences of the weights of each pair) or [N]; see EggrollOptions
 //   mean          float64, of the values as they are
