@@ -206,10 +206,9 @@ TEST(LocalLipschitz, BadInputIsNamed) {
   const auto contains = [](const std::string& text, const char* part) {
     EXPECT_NE(text.find(part), std::string::npos) << "'" << text << "' lacks '" << part << "'";
   };
-  contains(error(torch::nn::Sequential(torch::nn::Sequential(torch::nn::Linear(3, 3),
-                                                             torch::nn::LayerNorm(torch::nn::LayerNormOptions({3})))),
-                 x, .1),
-           "layer '0.1' (LayerNorm) has no bound");
+  const torch::nn::Sequential inner(torch::nn::Linear(3, 3), torch::nn::LayerNorm(torch::nn::LayerNormOptions({3})));
+  const torch::nn::Sequential outer{nn::Residual(inner)};
+  contains(error(outer, x, .1), "layer '0.body.1' (LayerNorm) has no bound");
   contains(error(torch::nn::Sequential(torch::nn::MaxPool2d(2)), x, .1), "layer '0' (MaxPool2d) has no bound");
   contains(error(torch::nn::Sequential(torch::nn::BatchNorm1d(3)), x, .1), "call model.eval()");
   contains(
