@@ -44,7 +44,9 @@ struct AlflbStep {
   // E (L - A_e), exactly.
   TX_HD int64_t shortage(int64_t load) const { return total - experts * load; }
   // v_e = (L - A_e) / L
-  TX_HD double violation(int64_t load) const { return static_cast<double>(shortage(load)) / static_cast<double>(total); }
+  TX_HD double violation(int64_t load) const {
+    return static_cast<double>(shortage(load)) / static_cast<double>(total);
+  }
 
   TX_HD double sign(int64_t load) const {
     const int64_t difference = shortage(load);

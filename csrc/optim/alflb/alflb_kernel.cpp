@@ -28,8 +28,7 @@ void move_biases(const AlflbLayer& t, const AlflbArgs& args, const AlflbStep& f)
     }
   } else {
     for (int64_t e = 0; e < experts; ++e) {
-      t.bias[e] =
-          static_cast<float>(f.quantile(t.histogram + e * t.bins, t.bins, t.bounds[0], t.bounds[1], t.bias[e]));
+      t.bias[e] = static_cast<float>(f.quantile(t.histogram + e * t.bins, t.bins, t.bounds[0], t.bounds[1], t.bias[e]));
     }
   }
   if (!args.center) return;

@@ -13,6 +13,7 @@
 
 namespace torch_ext::optim {
 
+constexpr const char* kAlflbName = "ALFLB";
 // Number of experts per token of a layer that nobody told the balancer.
 constexpr int64_t kUnknownTopK = -1;
 
