@@ -193,7 +193,7 @@ struct Run {
   // Loss, and loads over all tokens: counted in the forward pass for once.
   void validate(const std::vector<Tensor>& batches) {
     const torch::NoGradGuard no_grad;
-    for (const auto& router : model->routers()) router->options.route().count_in("forward");
+    for (moe::MoERouter router : model->routers()) router->options.route().count_in("forward");
     for (const Tensor& tokens : batches) {
       valid_loss += model->forward(tokens).first.item<double>() / static_cast<double>(batches.size());
     }
@@ -202,7 +202,7 @@ struct Run {
     for (const auto& entry : report) valid_dead += entry.dead;
     valid_loads = counts_of(balancer->loads());
     balancer->discard();
-    for (const auto& router : model->routers()) router->options.route().count_in("backward");
+    for (moe::MoERouter router : model->routers()) router->options.route().count_in("backward");
   }
 
   std::string name;

@@ -524,7 +524,7 @@ TEST(ALFLB, Test13Digits) {
   ASSERT_EQ(x.size(0), 1797);
   const auto run = [&, images = x, labels = y](bool balanced) {
     Digits net;
-    ALFLB balancer(*net, ALFLBOptions(balanced ? 0.2 : 0).rule("proportional"));  // lr 0 only reads
+    ALFLB balancer(*net, ALFLBOptions(balanced ? 1 : 0).lr_power(0.5).rule("proportional"));  // lr 0 only reads
     torch::optim::AdamW optimizer(net->parameters(), torch::optim::AdamWOptions(3e-3));
     for (int step = 0; step < 300; ++step) {
       const at::Tensor rows = torch::randint(1400, {256}, at::kLong);
