@@ -1,10 +1,10 @@
 // Trains a small byte-level mixture-of-experts transformer with each way to balance its experts, and with none.
 //
-//   build/bin/train_moe [--text FILE] [--steps 300] [--seed 0] [--json FILE]
+//   build/bin/train_moe [--text FILE] [--steps 200] [--seed 0] [--json FILE]
 //
 // The text is that of Python's own help (pydoc_data/topics.py of an installed Python), or your file; nine tenths train.
 // The model: bytes embedded in 64 numbers, two layers of attention and a mixture of 16 experts (2 per token, one
-// shared), AdamW whose rate falls linearly to 0. All runs see the same batches and start from the same weights:
+// shared), AdamW with a rate that falls linearly to 0. All runs see the same batches and start from the same weights:
 //
 //   nothing        the router alone
 //   aux loss       the balance loss of Switch and GShard, coefficient 0.01
@@ -51,8 +51,8 @@ constexpr int64_t kDim = 64, kHeads = 4, kLayers = 2, kExperts = 16, kTopK = 2, 
 struct Arguments {
   std::string text, json;
   std::vector<std::string> only;
-  int steps = 300;
-  int64_t batch = 32, length = 64;
+  int steps = 200;
+  int64_t batch = 64, length = 64;
   double lr = 3e-3, aux = 1e-2;
   uint64_t seed = 0;
   bool quiet = false;
@@ -139,7 +139,7 @@ const std::vector<std::pair<std::string, std::optional<ALFLBOptions>>>& kinds() 
   static const std::vector<std::pair<std::string, std::optional<ALFLBOptions>>> all{
       {"nothing", std::nullopt},
       {"aux loss", std::nullopt},
-      {"sign", ALFLBOptions()},
+      {"sign", ALFLBOptions(5e-3)},
       {"proportional", ALFLBOptions(0.2).rule("proportional")},
       {"momentum", ALFLBOptions(5e-3).rule("momentum")},
       {"quantile", ALFLBOptions().rule("quantile").ema(0.5)},
@@ -193,7 +193,7 @@ struct Run {
   // Loss, and loads over all tokens: counted in the forward pass for once.
   void validate(const std::vector<Tensor>& batches) {
     const torch::NoGradGuard no_grad;
-    for (const auto& router : model->routers()) router->options.route().count_in("forward");
+    for (moe::MoERouter router : model->routers()) router->options.route().count_in("forward");
     for (const Tensor& tokens : batches) {
       valid_loss += model->forward(tokens).first.item<double>() / static_cast<double>(batches.size());
     }
@@ -202,7 +202,7 @@ struct Run {
     for (const auto& entry : report) valid_dead += entry.dead;
     valid_loads = counts_of(balancer->loads());
     balancer->discard();
-    for (const auto& router : model->routers()) router->options.route().count_in("backward");
+    for (moe::MoERouter router : model->routers()) router->options.route().count_in("backward");
   }
 
   std::string name;

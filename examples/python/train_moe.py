@@ -1,10 +1,10 @@
 """Trains a small byte-level mixture-of-experts transformer with each way to balance its experts, and with none.
 
-    python examples/python/train_moe.py [--text FILE] [--steps 300] [--seed 0] [--json FILE] [--output FILE.png]
+    python examples/python/train_moe.py [--text FILE] [--steps 200] [--seed 0] [--json FILE] [--output FILE.png]
 
 The text is that of Python's own help, pydoc_data/topics.py, or your file; nine tenths train. The model: bytes embedded
-in 64 numbers, two layers of attention and a mixture of 16 experts (2 per token, one shared), AdamW whose rate falls
-linearly to 0. All runs see the same batches and start from the same weights:
+in 64 numbers, two layers of attention and a mixture of 16 experts (2 per token, one shared), AdamW with a rate that
+falls linearly to 0. All runs see the same batches and start from the same weights:
 
   nothing        the router alone
   aux loss       the balance loss of Switch and GShard, coefficient 0.01
@@ -40,7 +40,7 @@ from torch_ext.optim import ALFLB
 RUNS: dict[str, dict[str, Any] | None] = {
     "nothing": None,
     "aux loss": None,
-    "sign": {},
+    "sign": {"lr": 5e-3},
     "proportional": {"rule": "proportional", "lr": 0.2},
     "momentum": {"rule": "momentum", "lr": 5e-3},
     "quantile": {"rule": "quantile", "ema": 0.5},
@@ -106,11 +106,10 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = Model(args.length)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=args.lr)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / args.steps)
         # A rate of 0 only reads the loads, for the curve of the runs that nothing balances.
         options = RUNS[name]
         self.balancer = ALFLB(self.model, **({"lr": 0.0} if options is None else options))
-        self.balances = options is not None
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / args.steps)
         self.curves: dict[str, list[float]] = {"loss": [], "max_vio": []}
         self.floor = 0.0
         self.seconds = 0.0
@@ -122,8 +121,8 @@ class Run:
         loss, extra = self.model(tokens, self.aux)
         (loss + extra).backward()
         self.optimizer.step()
-        self.schedule.step()
         self.balancer.step()
+        self.schedule.step()
         self.optimizer.zero_grad()
         self.seconds += time.perf_counter() - begin
         report = list(self.balancer.report().values())
@@ -200,8 +199,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--text", default=pydoc_data.topics.__file__, help="any file of at least 100 kB; its bytes are the tokens")
-    add("--steps", type=int, default=300, help="of training")
-    add("--batch", type=int, default=32, help="sequences per step")
+    add("--steps", type=int, default=200, help="of training")
+    add("--batch", type=int, default=64, help="sequences per step")
     add("--length", type=int, default=64, help="bytes per sequence")
     add("--lr", type=float, default=3e-3, help="of AdamW")
     add("--aux", type=float, default=1e-2, help="coefficient of the balance loss")

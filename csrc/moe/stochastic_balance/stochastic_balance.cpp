@@ -34,7 +34,8 @@ Results empty_results(const at::Tensor& probability, int64_t top_k, int64_t repl
   per_slot.emplace_back(top_k);
   const auto options = probability.options().requires_grad(false);
   return {at::empty_symint(per_slot, options.dtype(at::kInt)), at::empty_symint(per_slot, options.dtype(at::kBool)),
-          at::empty_symint(per_server, options.dtype(at::kDouble)), at::empty_symint(outer, options.dtype(at::kDouble))};
+          at::empty_symint(per_server, options.dtype(at::kDouble)),
+          at::empty_symint(outer, options.dtype(at::kDouble))};
 }
 
 BalanceOptions options_of(const OptionalTensor& table, std::string_view rule, std::string_view g, int64_t top_k,
@@ -53,17 +54,16 @@ Results balance_impl(const at::Tensor& probability, const OptionalTensor& weight
                      const OptionalTensor& table, std::string_view rule, std::string_view g, int64_t top_k,
                      std::string_view overflow, int64_t seed, int64_t replicates) {
   const at::NoGradGuard no_grad;
-  const BalanceArguments args = balance_arguments(
-      probability, weight, capacity, options_of(table, rule, g, top_k, overflow, seed, replicates));
-  const auto results = empty_results(probability, top_k, replicates);
+  const BalanceArguments args =
+      balance_arguments(probability, weight, capacity, options_of(table, rule, g, top_k, overflow, seed, replicates));
+  auto results = empty_results(probability, top_k, replicates);
   const auto& [choice, success, load, value] = results;
   load.zero_();
   const at::Tensor attempts = at::zeros(load.sizes(), load.options().dtype(at::kLong));
   const at::Tensor done = at::zeros_like(attempts), room = at::empty_like(load);
-  const kernels::BalanceResult pointers{choice.data_ptr<int32_t>(),   success.data_ptr<bool>(),
-                                        load.data_ptr<double>(),      value.data_ptr<double>(),
-                                        attempts.data_ptr<int64_t>(), done.data_ptr<int64_t>(),
-                                        room.data_ptr<double>()};
+  const kernels::BalanceResult pointers{
+      choice.data_ptr<int32_t>(),   success.data_ptr<bool>(), load.data_ptr<double>(), value.data_ptr<double>(),
+      attempts.data_ptr<int64_t>(), done.data_ptr<int64_t>(), room.data_ptr<double>()};
   if (probability.is_cuda()) {
 #if TORCH_EXT_WITH_CUDA
     const c10::DeviceGuard guard(probability.device());
@@ -102,17 +102,16 @@ BalanceResult stochastic_balance(const at::Tensor& probability, const OptionalTe
                              .findSchemaOrThrow("torch_ext::stochastic_balance", "")
                              .typed<decltype(balance_impl)>();
   auto [choice, success, load, value] =
-      op.call(probability, weight, capacity,
-              options.table().defined() ? OptionalTensor(options.table()) : std::nullopt, options.rule(), options.g(),
-              options.top_k(), options.overflow(), options.seed(), options.replicates());
+      op.call(probability, weight, capacity, options.table().defined() ? OptionalTensor(options.table()) : std::nullopt,
+              options.rule(), options.g(), options.top_k(), options.overflow(), options.seed(), options.replicates());
   return {std::move(choice), std::move(success), std::move(load), std::move(value)};
 }
 
 double stochastic_balance_exact(const at::Tensor& probability, const OptionalTensor& weight,
                                 const OptionalTensor& capacity, const BalanceOptions& options) {
   const auto args = one_problem("stochastic_balance_exact", probability, weight, capacity, options);
-  TORCH_CHECK_VALUE(args.problem.arrivals <= 16, "stochastic_balance_exact: at most 16 arrivals (it takes 2^n steps), got ",
-                    args.problem.arrivals);
+  TORCH_CHECK_VALUE(args.problem.arrivals <= 16,
+                    "stochastic_balance_exact: at most 16 arrivals (it takes 2^n steps), got ", args.problem.arrivals);
   return kernels::stochastic_balance_exact_cpu(args.problem);
 }
 

@@ -1,7 +1,6 @@
 #include <ATen/ops/ones.h>
 #include <torch_ext/moe/stochastic_balance.h>
 
-
 #include <algorithm>
 #include <string>
 
@@ -13,14 +12,14 @@ namespace {
 using kernels::BalanceDiscount;
 using kernels::BalanceRule;
 
-constexpr const char* kName = "stochastic_balance";
+constexpr const char* kBalanceName = "stochastic_balance";
 
 BalanceRule rule_of(const std::string& name) {
   if (name == "discount") return BalanceRule::kDiscount;
   if (name == "balance") return BalanceRule::kBalance;
   if (name == "load") return BalanceRule::kLoad;
-  TORCH_CHECK_VALUE(name == "greedy", kName, ": rule must be \"discount\", \"balance\", \"load\" or \"greedy\", got \"",
-                    name, "\"");
+  TORCH_CHECK_VALUE(name == "greedy", kBalanceName,
+                    ": rule must be \"discount\", \"balance\", \"load\" or \"greedy\", got \"", name, "\"");
   return BalanceRule::kGreedy;
 }
 
@@ -37,14 +36,14 @@ at::Tensor as_double(const at::Tensor& tensor, const at::Device& device) {
 }
 
 at::Tensor checked_table(const at::Tensor& given, const at::Device& device) {
-  TORCH_CHECK_VALUE(given.defined() && given.dim() == 2 && given.size(1) == 2 && given.size(0) >= 1, kName,
+  TORCH_CHECK_VALUE(given.defined() && given.dim() == 2 && given.size(1) == 2 && given.size(0) >= 1, kBalanceName,
                     ": g=\"table\" needs a table [points, 2] of x and g(x)");
   const at::Tensor table = as_double(given, at::kCPU);
   const auto* points = table.const_data_ptr<double>();
   for (int64_t i = 0; i < table.size(0); ++i) {
     const double x = points[2 * i], g = points[2 * i + 1];
-    TORCH_CHECK_VALUE(x == x && (i == 0 || x > points[2 * i - 2]), kName, ": the table's x must increase");
-    TORCH_CHECK_VALUE(g >= 0 && g < 1 && (i == 0 || g >= points[2 * i - 1]), kName,
+    TORCH_CHECK_VALUE(x == x && (i == 0 || x > points[2 * i - 2]), kBalanceName, ": the table's x must increase");
+    TORCH_CHECK_VALUE(g >= 0 && g < 1 && (i == 0 || g >= points[2 * i - 1]), kBalanceName,
                       ": the table's g(x) must lie in [0, 1) and not decrease");
   }
   return table.to(device);
@@ -54,18 +53,19 @@ BalanceDiscount discount_of(const std::string& name, const at::Tensor& capacity)
   if (name == "exp") return BalanceDiscount::kExp;
   if (name == "survival") return BalanceDiscount::kSurvival;
   if (name == "table") return BalanceDiscount::kTable;
-  TORCH_CHECK_VALUE(name == "auto", kName, ": g must be \"auto\", \"exp\", \"survival\" or a table, got \"", name, "\"");
+  TORCH_CHECK_VALUE(name == "auto", kBalanceName, ": g must be \"auto\", \"exp\", \"survival\" or a table, got \"",
+                    name, "\"");
   const bool large = capacity.numel() > 0 && capacity.min().item<int64_t>() >= 10;
   return large ? BalanceDiscount::kExp : BalanceDiscount::kSurvival;
 }
 
 at::Tensor checked_capacity(const std::optional<at::Tensor>& given, int64_t servers, const at::Device& device) {
   if (!given.has_value()) return at::ones({servers}, at::TensorOptions(device).dtype(at::kLong));
-  TORCH_CHECK_TYPE(at::isIntegralType(given->scalar_type(), /*includeBool=*/false), kName,
+  TORCH_CHECK_TYPE(at::isIntegralType(given->scalar_type(), /*includeBool=*/false), kBalanceName,
                    ": capacity must be integers, got ", given->scalar_type());
-  TORCH_CHECK_VALUE(given->dim() == 1 && given->size(0) == servers, kName, ": capacity must be [", servers,
+  TORCH_CHECK_VALUE(given->dim() == 1 && given->size(0) == servers, kBalanceName, ": capacity must be [", servers,
                     "], one number per server; got ", given->sizes());
-  TORCH_CHECK_VALUE(!given->is_cpu() || servers == 0 || given->min().item<int64_t>() >= 1, kName,
+  TORCH_CHECK_VALUE(!given->is_cpu() || servers == 0 || given->min().item<int64_t>() >= 1, kBalanceName,
                     ": capacities must be at least 1");
   return given->detach().to(device, at::kLong).contiguous();
 }
@@ -74,11 +74,11 @@ at::Tensor checked_capacity(const std::optional<at::Tensor>& given, int64_t serv
 
 BalanceArguments balance_arguments(const at::Tensor& probability, const std::optional<at::Tensor>& weight,
                                    const std::optional<at::Tensor>& capacity, const BalanceOptions& options) {
-  TORCH_CHECK_TYPE(at::isFloatingType(probability.scalar_type()), kName, ": probabilities must be floating-point, got ",
-                   probability.scalar_type());
-  TORCH_CHECK_VALUE(probability.dim() >= 2, kName, ": probabilities must be [..., arrivals, servers], got ",
+  TORCH_CHECK_TYPE(at::isFloatingType(probability.scalar_type()), kBalanceName,
+                   ": probabilities must be floating-point, got ", probability.scalar_type());
+  TORCH_CHECK_VALUE(probability.dim() >= 2, kBalanceName, ": probabilities must be [..., arrivals, servers], got ",
                     probability.sizes());
-  TORCH_CHECK_VALUE(all_within_one(probability), kName, ": probabilities must lie in [0, 1]");
+  TORCH_CHECK_VALUE(all_within_one(probability), kBalanceName, ": probabilities must lie in [0, 1]");
   const at::Device device = probability.device();
   const int64_t n = probability.size(-2), m = probability.size(-1);
   BalanceArguments result;
@@ -91,13 +91,13 @@ BalanceArguments balance_arguments(const at::Tensor& probability, const std::opt
   problem.replicates = options.replicates();
   problem.seed = options.seed();
   constexpr int64_t kWord = int64_t{1} << 32;
-  TORCH_CHECK_VALUE(problem.top_k >= 1 && problem.top_k <= std::max<int64_t>(m, 1), kName, ": top_k must be in [1, ", m,
-                    "], the number of servers; got ", problem.top_k);
-  TORCH_CHECK_VALUE(problem.replicates >= 1 && problem.replicates < kWord, kName,
+  TORCH_CHECK_VALUE(problem.top_k >= 1 && problem.top_k <= std::max<int64_t>(m, 1), kBalanceName,
+                    ": top_k must be in [1, ", m, "], the number of servers; got ", problem.top_k);
+  TORCH_CHECK_VALUE(problem.replicates >= 1 && problem.replicates < kWord, kBalanceName,
                     ": replicates must be in [1, 2^32), got ", problem.replicates);
-  TORCH_CHECK_VALUE(n < kWord && m < kWord / 2 && problem.batch < kWord >> 8, kName,
+  TORCH_CHECK_VALUE(n < kWord && m < kWord / 2 && problem.batch < kWord >> 8, kBalanceName,
                     ": at most 2^32 arrivals, 2^31 servers and 2^24 problems");
-  TORCH_CHECK_VALUE(options.overflow() == "drop" || options.overflow() == "spill", kName,
+  TORCH_CHECK_VALUE(options.overflow() == "drop" || options.overflow() == "spill", kBalanceName,
                     ": overflow must be \"drop\" or \"spill\", got \"", options.overflow(), "\"");
   problem.spill = options.overflow() == "spill";
   problem.rule = rule_of(options.rule());
@@ -106,13 +106,12 @@ BalanceArguments balance_arguments(const at::Tensor& probability, const std::opt
   problem.room.kind = discount_of(options.g(), capacity.has_value() ? *capacity : result.capacity);
   if (problem.room.kind == BalanceDiscount::kTable) result.table = checked_table(options.table(), device);
   if (weight.has_value()) {
-    TORCH_CHECK_TYPE(at::isFloatingType(weight->scalar_type()), kName, ": weights must be floating-point, got ",
+    TORCH_CHECK_TYPE(at::isFloatingType(weight->scalar_type()), kBalanceName, ": weights must be floating-point, got ",
                      weight->scalar_type());
     const auto is = [&](at::IntArrayRef shape) { return weight->sizes() == shape; };
-    TORCH_CHECK_VALUE(is({m}) || is({n, m}) || is(probability.sizes()), kName, ": weight must be [", m, "], [", n, ", ",
-                      m, "] or like the probabilities, got ", weight->sizes());
-    TORCH_CHECK_VALUE(all_finite(*weight), kName,
-                      ": weights must be finite and not negative");
+    TORCH_CHECK_VALUE(is({m}) || is({n, m}) || is(probability.sizes()), kBalanceName, ": weight must be [", m, "], [",
+                      n, ", ", m, "] or like the probabilities, got ", weight->sizes());
+    TORCH_CHECK_VALUE(all_finite(*weight), kBalanceName, ": weights must be finite and not negative");
     result.weight = as_double(*weight, device);
     problem.weight_arrival = weight->dim() == 1 ? 0 : m;
     problem.weight_batch = weight->dim() > 2 ? n * m : 0;

@@ -25,17 +25,16 @@ const Binding binding([](pybind11::module_& module) {
              });
   module.def("stochastic_optimum", &moe::stochastic_optimum);
   module.def("fluid_lp_equal_p", &moe::fluid_lp_equal_p);
-  module.def("balance_check",
-             [](int64_t servers, const OptionalTensor& weight, const OptionalTensor& capacity, const std::string& rule,
-                const std::string& g, const OptionalTensor& table) {
-               moe::balance_check(servers, weight, capacity, options_of(rule, g, table));
-             });
-  module.def("balance_assign", [](const at::Tensor& probability, const OptionalTensor& weight,
-                                  const OptionalTensor& capacity, const std::string& rule, const std::string& g,
-                                  const OptionalTensor& table, const at::Tensor& load, const at::Tensor& attempts,
-                                  const at::Tensor& done) {
-    return moe::balance_assign(probability, weight, capacity, options_of(rule, g, table), load, attempts, done);
+  module.def("balance_check", [](int64_t servers, const OptionalTensor& weight, const OptionalTensor& capacity,
+                                 const std::string& rule, const std::string& g, const OptionalTensor& table) {
+    moe::balance_check(servers, weight, capacity, options_of(rule, g, table));
   });
+  module.def(
+      "balance_assign", [](const at::Tensor& probability, const OptionalTensor& weight, const OptionalTensor& capacity,
+                           const std::string& rule, const std::string& g, const OptionalTensor& table,
+                           const at::Tensor& load, const at::Tensor& attempts, const at::Tensor& done) {
+        return moe::balance_assign(probability, weight, capacity, options_of(rule, g, table), load, attempts, done);
+      });
   module.def("balance_report", &moe::balance_report);
 });
 

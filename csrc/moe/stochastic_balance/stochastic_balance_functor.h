@@ -23,8 +23,8 @@ struct BalanceRoom {
 
   TX_HD double operator()(double x) const {
     if (kind == BalanceDiscount::kSurvival) return core::exponential(-x, -700.0);
-    const double room = kind == BalanceDiscount::kExp ? 1 - core::exponential(x < 1 ? x - 1 : 0.0, -700.0)
-                                                      : 1 - interpolated(x);
+    const double room =
+        kind == BalanceDiscount::kExp ? 1 - core::exponential(x < 1 ? x - 1 : 0.0, -700.0) : 1 - interpolated(x);
     return room > kLeastRoom ? room : kLeastRoom;
   }
 
@@ -49,8 +49,8 @@ TX_HD double balance_chance(const core::PhiloxStream& arrival, int64_t slot) {
 
 // What a rule compares: of two servers the one with the larger key takes the arrival, of equal ones the lower number
 // (kLoad: first the one with the larger probability).
-TX_HD double balance_key(BalanceRule rule, double weight, double probability, double room, double load, int64_t attempts,
-                         int64_t capacity) {
+TX_HD double balance_key(BalanceRule rule, double weight, double probability, double room, double load,
+                         int64_t attempts, int64_t capacity) {
   if (rule == BalanceRule::kDiscount) return weight * probability * room;
   if (rule == BalanceRule::kGreedy) return weight * probability;
   if (rule == BalanceRule::kLoad) return -load;

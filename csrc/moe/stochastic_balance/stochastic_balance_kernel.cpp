@@ -125,7 +125,8 @@ int64_t balance_choose(const BalanceProblem& problem, const double* probability,
   std::vector<int64_t> tried(attempts, attempts + m), finished(done, done + m);
   for (size_t u = 0; u < m; ++u) room[u] = problem.room(loads[u]);
   int32_t chosen = -1;
-  choose(problem, probability, weight, {loads.data(), tried.data(), finished.data(), room.data()}, keys.data(), &chosen);
+  choose(problem, probability, weight, {loads.data(), tried.data(), finished.data(), room.data()}, keys.data(),
+         &chosen);
   return chosen;
 }
 

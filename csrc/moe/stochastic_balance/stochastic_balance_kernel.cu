@@ -45,11 +45,10 @@ __global__ void __launch_bounds__(kWarp* kWarpsPerBlock)
   int64_t* attempts = result.attempts + instance * m;
   int64_t* done = result.done + instance * m;
   for (int64_t u = lane; u < m; u += kWarp) room[u] = problem.room(load[u]);
-  core::PhiloxStream stream = core::PhiloxStream{static_cast<uint32_t>(problem.seed),
-                                                 static_cast<uint32_t>(static_cast<uint64_t>(problem.seed) >> 32), 0,
-                                                 (static_cast<uint32_t>(b) << 8) |
-                                                     static_cast<uint32_t>(core::PhiloxTag::kOutcome),
-                                                 static_cast<uint32_t>(instance % problem.replicates)};
+  core::PhiloxStream stream = core::PhiloxStream{
+      static_cast<uint32_t>(problem.seed), static_cast<uint32_t>(static_cast<uint64_t>(problem.seed) >> 32), 0,
+      (static_cast<uint32_t>(b) << 8) | static_cast<uint32_t>(core::PhiloxTag::kOutcome),
+      static_cast<uint32_t>(instance % problem.replicates)};
   double value = 0;
   for (int64_t v = 0; v < problem.arrivals; ++v) {
     const double* probability = problem.probability + (b * problem.arrivals + v) * m;

@@ -19,16 +19,28 @@ std::vector<torch::optim::OptimizerParamGroup> one_group(std::vector<at::Tensor>
 
 std::vector<at::Tensor> biases_of(const std::vector<moe::MoERouter>& routers) {
   std::vector<at::Tensor> biases;
+  biases.reserve(routers.size());
   for (const moe::MoERouter& router : routers) biases.push_back(router->expert_bias);
   return biases;
 }
 
 std::vector<moe::MoERouter> routers_in(const torch::nn::Module& model) {
   std::vector<moe::MoERouter> routers;
-  for (const auto& module : model.modules()) {
-    if (auto router = std::dynamic_pointer_cast<moe::MoERouterImpl>(module)) routers.emplace_back(std::move(router));
+  const auto add = [&](const std::shared_ptr<torch::nn::Module>& module) {
+    auto router = std::dynamic_pointer_cast<moe::MoERouterImpl>(module);
+    if (router == nullptr) return;
+    for (const moe::MoERouter& known : routers) {
+      if (known.get() == router.get()) return;  // one that two modules share
+    }
+    routers.emplace_back(std::move(router));
+  };
+  // Asked for by itself only if it is one: a module on the stack has no shared pointer.
+  if (dynamic_cast<const moe::MoERouterImpl*>(&model) != nullptr) {
+    add(const_cast<torch::nn::Module&>(model).shared_from_this());  // NOLINT: torch's holders are mutable
   }
-  TORCH_CHECK_VALUE(!routers.empty(), kALFLB, ": the module has no MoERouter; for the routers of another library take ",
+  for (const auto& module : model.modules(/*include_self=*/false)) add(module);
+  TORCH_CHECK_VALUE(!routers.empty(), kAlflbName,
+                    ": the module has no MoERouter; for the routers of another library take ",
                     "ALFLB::from_buffers(model, \"name of the bias\")");
   return routers;
 }
@@ -40,7 +52,7 @@ const Schema& ALFLB::static_schema() {
   using DType = StateField::DType;
   constexpr double kInf = std::numeric_limits<double>::infinity();
   static const Schema schema{
-      kALFLB,
+      kAlflbName,
       /*format_version=*/1,
       {
           {"lr", Type::kFloat, 1e-3, 0, kInf, false, true},
@@ -95,7 +107,7 @@ ALFLB ALFLB::from_buffers(const torch::nn::Module& model, const std::string& nam
         key.size() > name.size() && key.compare(key.size() - name.size() - 1, std::string::npos, "." + name) == 0;
     if (key == name || ends) biases.push_back(item.value());
   }
-  TORCH_CHECK_VALUE(!biases.empty(), kALFLB, ": the model has no buffer named '", name, "'");
+  TORCH_CHECK_VALUE(!biases.empty(), kAlflbName, ": the model has no buffer named '", name, "'");
   return ALFLB(std::move(biases), std::move(defaults));
 }
 
@@ -161,7 +173,7 @@ void ALFLB::reduce(const std::vector<at::Tensor>& counts) {
   std::vector<at::Tensor> sums = counts;
   reduce_(sums);
   for (size_t i = 0; i < counts.size(); ++i) {
-    TORCH_CHECK_TYPE(sums[i].scalar_type() == at::kLong, kALFLB,
+    TORCH_CHECK_TYPE(sums[i].scalar_type() == at::kLong, kAlflbName,
                      ": counts of all processes are summed: set_reduce(torch_ext::sum_over(group))");
     if (!sums[i].is_same(counts[i])) counts[i].copy_(sums[i]);
   }
@@ -231,7 +243,7 @@ std::vector<at::Tensor> ALFLB::loads() {
 
 void ALFLB::record(size_t layer, const at::Tensor& ids) {
   const std::vector<at::Tensor> all = loads();
-  TORCH_CHECK_VALUE(layer < all.size(), kALFLB, ": no layer ", layer, ", there are ", all.size());
+  TORCH_CHECK_VALUE(layer < all.size(), kAlflbName, ": no layer ", layer, ", there are ", all.size());
   TORCH_CHECK_VALUE(ids.dim() >= 1, "record: ids must be [..., K]");
   alflb_record_(all[layer], ids);
   layer_of(entries()[layer].param).top_k = ids.size(-1);

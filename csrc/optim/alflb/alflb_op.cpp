@@ -44,7 +44,7 @@ void check_like(const at::Tensor& tensor, const char* what, at::ScalarType dtype
                 size_t i) {
   TORCH_CHECK_VALUE(tensor.scalar_type() == dtype && tensor.numel() == numel && tensor.device() == bias.device() &&
                         tensor.is_contiguous(),
-                    kALFLB, ": ", what, " of ", core::describe("bias", i, bias), " must be ", dtype, " of ", numel,
+                    kAlflbName, ": ", what, " of ", core::describe("bias", i, bias), " must be ", dtype, " of ", numel,
                     numel == 1 ? " element" : " elements", " on its device, contiguous; got ", tensor.scalar_type(),
                     " ", tensor.sizes(), " on ", tensor.device());
 }
@@ -52,13 +52,14 @@ void check_like(const at::Tensor& tensor, const char* what, at::ScalarType dtype
 void check_top_k(int64_t top_k, kernels::AlflbRule rule, bool per_token, const at::Tensor& bias, size_t i) {
   const bool quantile = rule == kernels::AlflbRule::kQuantile;
   if (!quantile && !(rule == kernels::AlflbRule::kProportional && per_token)) return;
-  TORCH_CHECK_VALUE(top_k != kUnknownTopK, kALFLB, ": the number of experts per token of ",
+  TORCH_CHECK_VALUE(top_k != kUnknownTopK, kAlflbName, ": the number of experts per token of ",
                     core::describe("bias", i, bias),
                     " is not known: count its loads with record(layer, ids), or take norm=\"load\"");
-  TORCH_CHECK_VALUE(top_k >= 1 && top_k <= bias.numel(), kALFLB, ": ", top_k, " experts per token for ",
+  TORCH_CHECK_VALUE(top_k >= 1 && top_k <= bias.numel(), kAlflbName, ": ", top_k, " experts per token for ",
                     core::describe("bias", i, bias));
-  TORCH_CHECK_VALUE(!quantile || top_k < bias.numel(), kALFLB, ": rule=\"quantile\" is undefined where all experts of ",
-                    core::describe("bias", i, bias), " are selected");
+  TORCH_CHECK_VALUE(!quantile || top_k < bias.numel(), kAlflbName,
+                    ": rule=\"quantile\" is undefined where all experts of ", core::describe("bias", i, bias),
+                    " are selected");
 }
 
 // One layer in kernel form, checked.
@@ -86,7 +87,7 @@ kernels::AlflbLayer layer_of(const Lists& lists, size_t i, kernels::AlflbRule ru
   if (rule == kernels::AlflbRule::kQuantile) {
     const at::Tensor& histogram = lists.histograms[i];
     layer.bins = histogram.numel() / experts;
-    TORCH_CHECK_VALUE(layer.bins >= 1, kALFLB, ": the histogram of ", core::describe("bias", i, bias), " is empty");
+    TORCH_CHECK_VALUE(layer.bins >= 1, kAlflbName, ": the histogram of ", core::describe("bias", i, bias), " is empty");
     check_like(histogram, "the histogram", at::kLong, experts * layer.bins, bias, i);
     check_like(lists.bounds[i], "bounds", at::kFloat, 2, bias, i);
     layer.histogram = histogram.data_ptr<int64_t>();
@@ -152,11 +153,11 @@ void record_meta(const at::Tensor& load, const at::Tensor& ids) { check_record(l
 }  // namespace
 
 void alflb_check_bias(const at::Tensor& bias, size_t ordinal) {
-  TORCH_CHECK_TYPE(bias.scalar_type() == at::kFloat, kALFLB, ": ", core::describe("bias", ordinal, bias),
+  TORCH_CHECK_TYPE(bias.scalar_type() == at::kFloat, kAlflbName, ": ", core::describe("bias", ordinal, bias),
                    " must be float32, got ", bias.scalar_type(),
                    ": smaller types lose the update (convert the buffer before, and keep it float32)");
   TORCH_CHECK_VALUE(bias.dim() == 1 && bias.numel() >= 1 && bias.layout() == at::kStrided && bias.is_contiguous(),
-                    kALFLB, ": ", core::describe("bias", ordinal, bias),
+                    kAlflbName, ": ", core::describe("bias", ordinal, bias),
                     " must have one dimension, the experts, and be contiguous");
 }
 
@@ -188,9 +189,9 @@ void alflb_check_state(const at::Tensor& bias, const Options&, const StateTensor
   for (const auto& [name, tensor] : state) {
     const bool per_expert = name == "last_load" || name == "momentum_buffer";
     const bool counter = name == "step" || name == "updates" || name.rfind("global_", 0) == 0;
-    TORCH_CHECK_VALUE(per_expert || counter, kALFLB, ": loaded state has ", name, ": it is of another optimizer");
-    TORCH_CHECK_VALUE(tensor.numel() == (per_expert ? bias.numel() : 1) && (!per_expert || tensor.dim() == 1), kALFLB,
-                      ": loaded ", name, " has shape ", tensor.sizes(), ", its bias ", bias.sizes());
+    TORCH_CHECK_VALUE(per_expert || counter, kAlflbName, ": loaded state has ", name, ": it is of another optimizer");
+    TORCH_CHECK_VALUE(tensor.numel() == (per_expert ? bias.numel() : 1) && (!per_expert || tensor.dim() == 1),
+                      kAlflbName, ": loaded ", name, " has shape ", tensor.sizes(), ", its bias ", bias.sizes());
   }
 }
 

@@ -13,8 +13,7 @@
 
 namespace torch_ext::optim {
 
-inline constexpr const char* kALFLB = "ALFLB";  // in messages
-
+constexpr const char* kAlflbName = "ALFLB";
 // Number of experts per token of a layer that nobody told the balancer.
 constexpr int64_t kUnknownTopK = -1;
 

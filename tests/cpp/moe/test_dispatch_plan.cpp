@@ -5,7 +5,7 @@
 #include <torch_ext/moe/route.h>
 
 #include <algorithm>
-#include <limits>
+#include <optional>
 #include <vector>
 
 #include "support/check.h"
@@ -27,7 +27,7 @@ TEST(MoEDispatchPlan, N10IsAStableArgsort) {
        {std::tuple<int64_t, int64_t, int64_t>{1000, 4, 16}, {7, 1, 3}, {0, 2, 4}, {50, 8, 37}}) {
     const at::Tensor ids = random_ids(tokens, k, experts);
     const DispatchPlan plan = dispatch_plan(ids, experts);
-    const at::Tensor order = std::get<1>(ids.view(-1).sort(/*stable=*/true, -1));
+    const at::Tensor order = std::get<1>(ids.view(-1).sort(/*stable=*/std::optional<bool>(true), 0));
     EXPECT_TRUE(equal_bits(plan.src_of.to(at::kLong), order));
     EXPECT_EQ(plan.offsets[experts].item<int64_t>(), tokens * k);
     const at::Tensor back = plan.slot_of.view(-1).index_select(0, order);

@@ -3,10 +3,12 @@
 // tests are in Python, on the same operator.
 #include <gtest/gtest.h>
 #include <torch/torch.h>
+#include <torch_ext/moe/layer.h>
 #include <torch_ext/moe/router.h>
 #include <torch_ext/optim/alflb.h>
 
 #include <cmath>
+#include <fstream>
 #include <limits>
 #include <memory>
 #include <sstream>
@@ -254,6 +256,13 @@ TEST(ALFLB, TakesTheRoutersOfAModel) {
   EXPECT_NEAR(ALFLB::sampling_floor(4096, 64, 8), 0.099, 0.002);
 }
 
+TEST(ALFLB, FindsARouterAndOneThatIsShared) {
+  const MoERouter router(MoERouterOptions(6, 8));
+  EXPECT_EQ(ALFLB(*router).loads().size(), 1u);
+  torch::nn::ModuleList twice(router, router);
+  EXPECT_EQ(ALFLB(*twice).loads().size(), 1u);
+}
+
 TEST(ALFLB, Test11MicroBatchesAndRanksEqualTheWhole) {
   for (const std::string& rule : rules()) {
     Net whole, parts;
@@ -380,7 +389,8 @@ TEST(ALFLB, GroupsInheritAndAreChecked) {
   EXPECT_EQ(balancer.loads().size(), 3u);
   expect_error<c10::TypeError>([] { ALFLB wrong({at::zeros({3}, at::kDouble)}); }, "must be float32, got Double");
   expect_error<c10::ValueError>([] { ALFLB wrong({at::zeros({3, 2})}); }, "must have one dimension");
-  expect_error<c10::ValueError>([] { ALFLB wrong(std::vector<at::Tensor>{}); }, "has no parameters");
+  ALFLB empty(std::vector<at::Tensor>{});
+  expect_error<c10::ValueError>([&] { empty.step(); }, "has no parameters");
 }
 
 TEST(ALFLB, ClosureReturnsItsLossAndMayThrow) {
@@ -474,6 +484,66 @@ TEST(ALFLB, MovesWithItsState) {
   first.reset();
   train(net, second, 1, 1);
   EXPECT_EQ(second.state().size(), 2u);
+}
+
+// --- a small training -----------------------------------------------------------------------------------------------
+
+struct DigitsImpl : torch::nn::Module {  // 64 - 32 - mixture of 16 experts, 2 per row - 10
+  DigitsImpl() {
+    torch::manual_seed(0);
+    inner = register_module("inner", torch::nn::Linear(64, 32));
+    outer = register_module("outer", torch::nn::Linear(32, 10));
+    experts = register_module("experts", moe::MoELayer(moe::MoELayerOptions(32, 16, 16)));
+  }
+  at::Tensor hidden(const at::Tensor& x) { return torch::tanh(inner(x)); }
+  at::Tensor forward(const at::Tensor& x) {
+    const at::Tensor h = hidden(x);
+    return outer(h + experts(h));
+  }
+  torch::nn::Linear inner{nullptr}, outer{nullptr};
+  moe::MoELayer experts{nullptr};
+};
+TORCH_MODULE(Digits);
+
+// examples/data/digits.csv: 64 features in [0, 16] and the label.
+std::pair<at::Tensor, at::Tensor> read_digits() {
+  std::ifstream file(std::string(TORCH_EXT_TEST_DATA_DIR) + "/../examples/data/digits.csv");
+  std::vector<float> values;
+  std::string line, field;
+  std::getline(file, line);  // header
+  while (std::getline(file, line)) {
+    std::stringstream fields(line);
+    while (std::getline(fields, field, ',')) values.push_back(std::stof(field));
+  }
+  const at::Tensor table = torch::tensor(values).reshape({-1, 65});
+  return {table.slice(1, 0, 64) / 16, table.select(1, 64).to(at::kLong)};
+}
+
+TEST(ALFLB, Test13Digits) {
+  const auto [x, y] = read_digits();
+  ASSERT_EQ(x.size(0), 1797);
+  const auto run = [&, images = x, labels = y](bool balanced) {
+    Digits net;
+    ALFLB balancer(*net, ALFLBOptions(balanced ? 1 : 0).lr_power(0.5).rule("proportional"));  // lr 0 only reads
+    torch::optim::AdamW optimizer(net->parameters(), torch::optim::AdamWOptions(3e-3));
+    for (int step = 0; step < 300; ++step) {
+      const at::Tensor rows = torch::randint(1400, {256}, at::kLong);
+      torch::nn::functional::cross_entropy(net->forward(images.index({rows})), labels.index({rows})).backward();
+      optimizer.step();
+      balancer.step();
+      optimizer.zero_grad();
+    }
+    const torch::NoGradGuard no_grad;
+    const at::Tensor test = net->forward(images.slice(0, 1400)).argmax(1).eq(labels.slice(0, 1400));
+    const at::Tensor load = net->experts->router->forward(net->hidden(images.slice(0, 0, 1400))).counts;
+    return std::pair{load_report(load, net->experts->router->expert_bias, 2),
+                     test.to(at::kDouble).mean().item<double>()};
+  };
+  const auto [balanced, accuracy] = run(true);
+  EXPECT_LT(balanced.max_vio, 0.25);
+  EXPECT_EQ(balanced.dead, 0);
+  EXPECT_GT(accuracy, 0.85);  // the rows are in the file's order: the last writers are others than the first
+  EXPECT_GT(run(false).first.max_vio, 0.8);
 }
 
 // --- tests/optim_db.json --------------------------------------------------------------------------------------------

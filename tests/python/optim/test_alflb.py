@@ -942,7 +942,7 @@ def train_digits(balance: str) -> tuple[float, int, float]:
     rows, test = order[:1400], order[1400:]
     net = Digits()
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-    balancer = ALFLB(net, rule="proportional", lr=0.2) if balance == "alflb" else None
+    balancer = ALFLB(net, rule="proportional", lr=1.0, lr_power=0.5) if balance == "alflb" else None
     generator = torch.Generator().manual_seed(1)
     for _ in range(300):
         part = rows[torch.randint(len(rows), (256,), generator=generator)]

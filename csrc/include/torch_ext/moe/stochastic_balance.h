@@ -25,7 +25,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <torch/types.h>
+#include <torch/arg.h>
 #include <torch_ext/export.h>
 
 #include <cstdint>
