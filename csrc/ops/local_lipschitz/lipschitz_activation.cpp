@@ -6,6 +6,10 @@
 #include <vector>
 
 namespace torch_ext::ops {
+
+at::Tensor largest(const LipschitzInterval& z) { return at::maximum(z.l.abs(), z.u.abs()); }
+LipschitzInterval widened(const LipschitzInterval& z, const at::Tensor& by) { return {z.l - by, z.u + by}; }
+
 namespace {
 
 using Activation = LipschitzActivation;

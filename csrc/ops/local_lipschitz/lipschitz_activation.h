@@ -10,6 +10,8 @@ namespace torch_ext::ops {
 struct LipschitzInterval {
   at::Tensor l, u;
 };
+at::Tensor largest(const LipschitzInterval& z);                               // magnitude
+LipschitzInterval widened(const LipschitzInterval& z, const at::Tensor& by);  // on both sides
 
 // The range of sigma, and of its derivative: for a ReLU [1, 1] if l > 0, [0, 0] if u < 0, else [0, 1], since at 0 every
 // slope between belongs to Clarke's Jacobian.

@@ -11,8 +11,6 @@ namespace torch_ext::ops {
 namespace {
 
 size_t index(int64_t value) { return static_cast<size_t>(value); }
-at::Tensor largest(const LipschitzInterval& z) { return at::maximum(z.l.abs(), z.u.abs()); }
-LipschitzInterval widened(const LipschitzInterval& z, const at::Tensor& by) { return {z.l - by, z.u + by}; }
 
 // Gradients of the outputs by the values that no activation separates from them; [outputs, size] per value, the same
 // for all boxes. magnitude: the same with |W|.

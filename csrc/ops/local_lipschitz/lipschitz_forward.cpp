@@ -10,10 +10,6 @@
 namespace torch_ext::ops {
 namespace {
 
-at::Tensor largest(const LipschitzInterval& z) { return at::maximum(z.l.abs(), z.u.abs()); }
-
-LipschitzInterval widened(const LipschitzInterval& z, const at::Tensor& by) { return {z.l - by, z.u + by}; }
-
 LipschitzInterval bounded(const LipschitzInterval& z) { return {lipschitz_lower(z.l), lipschitz_upper(z.u)}; }
 
 LipschitzInterval meet(const LipschitzInterval& a, const LipschitzInterval& b) {

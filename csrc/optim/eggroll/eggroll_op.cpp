@@ -18,8 +18,6 @@
 namespace torch_ext::optim {
 namespace {
 
-constexpr const char* kOpName = "Eggroll";
-
 kernels::Shaping shaping_of(std::string_view name) {
   static const std::vector<std::pair<std::string, kernels::Shaping>> known{
       {"zscore", kernels::Shaping::kZScore},    {"grouped", kernels::Shaping::kGrouped},
@@ -29,16 +27,16 @@ kernels::Shaping shaping_of(std::string_view name) {
   for (const auto& [word, shaping] : known) {
     if (word == name) return shaping;
   }
-  TORCH_CHECK_VALUE(false, "Invalid shaping: '", name, "' (", kOpName,
+  TORCH_CHECK_VALUE(false, "Invalid shaping: '", name, "' (", kEggroll,
                     " knows 'zscore', 'grouped', 'centered_rank', 'sign', 'raw', 'softmax', 'baseline')");
 }
 
 void check_values(const at::Tensor& values, double temperature, std::string_view nonfinite) {
-  TORCH_CHECK_TYPE(!values.is_complex(), kOpName, ": values must be real numbers, got ", values.scalar_type());
-  TORCH_CHECK_VALUE(values.dim() == 1, kOpName, ": values must be one number per member, [members]; got shape ",
+  TORCH_CHECK_TYPE(!values.is_complex(), kEggroll, ": values must be real numbers, got ", values.scalar_type());
+  TORCH_CHECK_VALUE(values.dim() == 1, kEggroll, ": values must be one number per member, [members]; got shape ",
                     values.sym_sizes());
-  TORCH_CHECK_VALUE(temperature > 0, "Invalid temperature: ", temperature, " (", kOpName, " needs it in (0, inf))");
-  TORCH_CHECK_VALUE(nonfinite == "error" || nonfinite == "min", "Invalid nonfinite: '", nonfinite, "' (", kOpName,
+  TORCH_CHECK_VALUE(temperature > 0, "Invalid temperature: ", temperature, " (", kEggroll, " needs it in (0, inf))");
+  TORCH_CHECK_VALUE(nonfinite == "error" || nonfinite == "min", "Invalid nonfinite: '", nonfinite, "' (", kEggroll,
                     " knows 'error', 'min')");
 }
 
@@ -110,7 +108,7 @@ void check_step(at::TensorList params, at::TensorList grads, at::TensorList buff
   core::check_same_length("eggroll_step_", "momentum_buffers", momentum != 0 ? params.size() : 0, buffers.size());
   core::check_same_length("eggroll_step_", "steps", params.size(), steps.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    core::check_gradient(kOpName, i, params[i], grads[i]);
+    core::check_gradient(kEggroll, i, params[i], grads[i]);
     const auto dtype = core::arithmetic_type(params[i].scalar_type());
     const auto fits = [&](const at::Tensor& t) {
       return t.scalar_type() == dtype && t.sizes() == params[i].sizes() && t.device() == params[i].device();
@@ -177,11 +175,11 @@ void step_meta(at::TensorList params, at::TensorList grads, at::TensorList buffe
 }  // namespace
 
 void check_eggroll_shape(int64_t population, std::string_view shaping, int64_t group_size, bool antithetic) {
-  TORCH_CHECK_VALUE(population >= 2, "Invalid population: ", population, " (", kOpName, " needs two members or more)");
-  TORCH_CHECK_VALUE(!antithetic || population % 2 == 0, "Invalid population: ", population, " (", kOpName,
+  TORCH_CHECK_VALUE(population >= 2, "Invalid population: ", population, " (", kEggroll, " needs two members or more)");
+  TORCH_CHECK_VALUE(!antithetic || population % 2 == 0, "Invalid population: ", population, " (", kEggroll,
                     " needs an even number for pairs; antithetic=False does without them)");
   TORCH_CHECK_VALUE(group_size == 0 || (group_size % 2 == 0 && group_size > 0 && population % group_size == 0),
-                    "Invalid group_size: ", group_size, " (", kOpName, " needs an even divisor of the population ",
+                    "Invalid group_size: ", group_size, " (", kEggroll, " needs an even divisor of the population ",
                     population, ", or 0 for no groups)");
   const bool baseline = shaping == "baseline";
   TORCH_CHECK_VALUE(shaping != "grouped" || group_size > 0, "Invalid group_size: shaping=\"grouped\" needs one");

@@ -16,8 +16,6 @@
 namespace torch_ext::optim {
 namespace {
 
-constexpr const char* kTellName = "Eggroll";
-
 int64_t population_of(const Options& o) { return o.get("population").toInt(); }
 bool is_antithetic(const Options& o) { return o.get("antithetic").toBool(); }
 
@@ -122,10 +120,10 @@ std::string eggroll_kind(const at::Tensor& param, const Options& o) {
 
 void eggroll_check_param(const at::Tensor& param, int64_t ordinal, const Options& o) {
   const auto name = [&] { return core::describe("parameter", static_cast<size_t>(ordinal), param); };
-  core::check_gradient(kTellName, static_cast<size_t>(ordinal), param, param);
+  core::check_gradient(kEggroll, static_cast<size_t>(ordinal), param, param);
   if (param.numel() == 0 || eggroll_kind(param, o) == "vector") return;
   TORCH_CHECK_VALUE(param.dim() >= 2, "Invalid kind: '", eggroll_kind(param, o), "' needs two dimensions, ", name(),
-                    " (", kTellName, " perturbs it as a \"vector\")");
+                    " (", kEggroll, " perturbs it as a \"vector\")");
   const int64_t rank = o.get("rank").toInt(), most = std::min(param.size(0), param.numel() / param.size(0));
   TORCH_CHECK_VALUE(rank <= most, "Invalid rank: ", rank, " is above ", most, ", the smaller side of ", name(),
                     "; lower it, or put the parameter into a group with kind=\"vector\"");
@@ -145,9 +143,9 @@ std::vector<std::pair<int64_t, int64_t>> eggroll_chunks(const Options& o, int64_
 }
 
 void eggroll_check_values(const at::Tensor& values, int64_t size) {
-  TORCH_CHECK_TYPE(values.defined(), kTellName, ": there are no values: does the closure return them?");
-  TORCH_CHECK_TYPE(!values.is_complex(), kTellName, ": values must be real numbers, got ", values.scalar_type());
-  TORCH_CHECK_VALUE(values.dim() == 1 && values.size(0) == size, kTellName, ": expected one value for each of ", size,
+  TORCH_CHECK_TYPE(values.defined(), kEggroll, ": there are no values: does the closure return them?");
+  TORCH_CHECK_TYPE(!values.is_complex(), kEggroll, ": values must be real numbers, got ", values.scalar_type());
+  TORCH_CHECK_VALUE(values.dim() == 1 && values.size(0) == size, kEggroll, ": expected one value for each of ", size,
                     " members, got a tensor of shape ", values.sizes());
 }
 
@@ -164,7 +162,7 @@ EggrollShaped eggroll_shaped(const Options& o, const at::Tensor& values, const C
     shaped = gather_values(o, values, shards);
   }
   if (o.get("nonfinite").toStringRef() == "error") {  // the one place where the host waits for the values
-    TORCH_CHECK_VALUE(shaped.nonfinite.item<float>() == 0, kTellName,
+    TORCH_CHECK_VALUE(shaped.nonfinite.item<float>() == 0, kEggroll,
                       ": some values are infinite or NaN; nothing was changed. nonfinite=\"min\" takes them for the "
                       "worst of the finite ones");
   }
@@ -187,7 +185,7 @@ void eggroll_init_state(const at::Tensor& param, const Options& o, StateTensors&
 void eggroll_check_state(const at::Tensor& param, const Options&, const StateTensors& state) {
   for (const auto& [name, tensor] : state) {
     const bool fits = name == "momentum_buffer" ? tensor.sizes() == param.sizes() : tensor.numel() == 1;
-    TORCH_CHECK_VALUE(fits, kTellName, ": loaded ", name, " has shape ", tensor.sizes(), ", its parameter ",
+    TORCH_CHECK_VALUE(fits, kEggroll, ": loaded ", name, " has shape ", tensor.sizes(), ", its parameter ",
                       param.sizes());
   }
 }
@@ -232,7 +230,7 @@ void eggroll_check_equal(const std::vector<at::Tensor>& tensors, const ColumnSha
   for (int64_t rank = 0; rank < shards.count; ++rank) {
     const at::Tensor same = all.select(0, rank).eq(own).cpu();
     for (size_t i = 0; i < tensors.size(); ++i) {
-      TORCH_CHECK(same[static_cast<int64_t>(i)].item<bool>(), kTellName, ": ",
+      TORCH_CHECK(same[static_cast<int64_t>(i)].item<bool>(), kEggroll, ": ",
                   core::describe("parameter", i, tensors[i]), " differs between process ", shards.rank, " and process ",
                   rank,
                   ": start from equal parameters, and take an integer noise law or the sharded update where machines "

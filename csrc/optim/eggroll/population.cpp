@@ -7,17 +7,16 @@
 #include <set>
 
 #include "core/check.h"
+#include "optim/eggroll/eggroll_op.h"
 
 namespace torch_ext::optim {
 namespace {
 
-constexpr const char* kPopulationName = "Eggroll";
-
 void check_bounds(const ops::EggrollNoise& noise, int64_t size) {
-  TORCH_CHECK_VALUE(noise.member_begin >= 0 && size >= 1, kPopulationName,
+  TORCH_CHECK_VALUE(noise.member_begin >= 0 && size >= 1, kEggroll,
                     ": a population needs begin >= 0 and a member, got [", noise.member_begin, ", ",
                     noise.member_begin + size, ")");
-  TORCH_CHECK_VALUE(!noise.antithetic || (noise.member_begin % 2 == 0 && size % 2 == 0), kPopulationName,
+  TORCH_CHECK_VALUE(!noise.antithetic || (noise.member_begin % 2 == 0 && size % 2 == 0), kEggroll,
                     ": members are asked for in pairs, so begin and end must be even, got [", noise.member_begin, ", ",
                     noise.member_begin + size, ")");
 }
@@ -27,7 +26,7 @@ void check_bounds(const ops::EggrollNoise& noise, int64_t size) {
 Population::Population(ops::EggrollNoise noise, int64_t size, std::vector<PopulationParam> params, int64_t baseline)
     : noise_(std::move(noise)), size_(size), baseline_(baseline), params_(std::move(params)) {
   check_bounds(noise_, size_);
-  ops::check_eggroll_noise(kPopulationName, noise_);
+  ops::check_eggroll_noise(kEggroll, noise_);
 }
 
 const PopulationParam* Population::find(const at::Tensor& param) const {
@@ -70,7 +69,7 @@ Population::Guard Population::applied_to(const std::vector<torch::nn::Module*>& 
     for (const auto& module : root->modules(/*include_self=*/false)) add(*module, module);
   }
   for (const PopulationParam& p : params_) {
-    TORCH_CHECK_VALUE(covered.count(p.param.unsafeGetTensorImpl()) != 0, kPopulationName, ": ",
+    TORCH_CHECK_VALUE(covered.count(p.param.unsafeGetTensorImpl()) != 0, kEggroll, ": ",
                       core::describe("parameter", static_cast<size_t>(p.ordinal), p.param),
                       " is in no Eggroll layer of this model, so it would be updated without having been perturbed: "
                       "convert the model with eggroll_convert, evaluate with member(i), or do not pass this parameter "
@@ -87,7 +86,7 @@ Population::Guard Population::applied_to(const std::vector<torch::nn::Module*>& 
 }
 
 std::vector<at::Tensor> Population::perturb(int64_t i) const {
-  TORCH_CHECK_INDEX(i >= 0 && i < size_, kPopulationName, ": member ", i, " of a population of ", size_);
+  TORCH_CHECK_INDEX(i >= 0 && i < size_, kEggroll, ": member ", i, " of a population of ", size_);
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> saved, tensors;
   std::vector<int64_t> ordinals;
