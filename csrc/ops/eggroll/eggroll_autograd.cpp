@@ -51,7 +51,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::opti
                  noise.rank, noise.law, ordinal, bias_ordinal, transposed);
 }
 
-at::Tensor as_matrix(const at::Tensor& x) { return x.reshape_symint({-1, x.sym_size(-1)}); }
+at::Tensor flat_rows(const at::Tensor& x) { return x.reshape_symint({-1, x.sym_size(-1)}); }
 
 struct EggrollLinear : torch::autograd::Function<EggrollLinear> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& weight,
@@ -76,10 +76,10 @@ struct EggrollLinear : torch::autograd::Function<EggrollLinear> {
           linear(grad, weight, std::nullopt, SymNoise::saved(ctx), ctx->saved_data["ordinal"].toInt(), -1, !transposed);
     }
     if (ctx->needs_input_grad(1)) {
-      const at::Tensor rows = as_matrix(x), grad_rows = as_matrix(grad);
+      const at::Tensor rows = flat_rows(x), grad_rows = flat_rows(grad);
       result[1] = transposed ? rows.t().mm(grad_rows) : grad_rows.t().mm(rows);
     }
-    if (ctx->saved_data["bias"].toBool()) result[2] = as_matrix(grad).sum(0);
+    if (ctx->saved_data["bias"].toBool()) result[2] = flat_rows(grad).sum(0);
     return result;
   }
 };
@@ -97,7 +97,7 @@ struct EggrollEmbedding : torch::autograd::Function<EggrollEmbedding> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const at::Tensor ids = ctx->get_saved_variables()[0];
-    const at::Tensor grad = at::embedding_dense_backward_symint(as_matrix(grads[0]), ids.reshape({-1}),
+    const at::Tensor grad = at::embedding_dense_backward_symint(flat_rows(grads[0]), ids.reshape({-1}),
                                                                 ctx->saved_data["entries"].toSymInt(), -1, false);
     return {at::Tensor(), grad, at::Tensor(), at::Tensor()};
   }
