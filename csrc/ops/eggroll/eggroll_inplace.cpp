@@ -194,7 +194,7 @@ at::Tensor eggroll_noise(int64_t rows, int64_t rank, int64_t seed, int64_t ordin
                          int64_t pair_end, int64_t epoch, std::string_view law, at::TensorOptions options) {
   TORCH_CHECK_VALUE(rows >= 0 && rank >= 0 && pair_end >= pair_begin, "eggroll_noise: rows = ", rows, ", rank = ", rank,
                     " and pairs [", pair_begin, ", ", pair_end, ") must not be negative");
-  const at::Tensor out = at::empty({pair_end - pair_begin, rows, rank}, options);
+  at::Tensor out = at::empty({pair_end - pair_begin, rows, rank}, options);
   eggroll_noise_(out, seed, ordinal, tag, pair_begin, epoch, law);
   return out;
 }

@@ -57,7 +57,7 @@ int64_t last_row(at::IntArrayRef shape, int64_t row_end) { return row_end == -1 
 // Factors of some pairs as the rows of a matrix [pairs rank, rows].
 at::Tensor factors(const at::Tensor& buffer, const kernels::EggrollFactors& work, core::DType type) {
   kernels::EggrollFactors filled = work;
-  const at::Tensor out = buffer.narrow(0, 0, work.pairs * work.rank);
+  at::Tensor out = buffer.narrow(0, 0, work.pairs * work.rank);
   filled.out = out.mutable_data_ptr();
   if (out.is_cuda()) {
 #if TORCH_EXT_WITH_CUDA
@@ -113,7 +113,7 @@ at::Tensor update_impl(const at::Tensor& coeff, at::IntArrayRef shape, std::stri
   const auto options = coeff.options().dtype(arithmetic);
   const std::vector<int64_t> sizes = rows_of(shape, row_begin, row_end);
   if (coeff.numel() == 0) return at::zeros(sizes, options);
-  const at::Tensor sum = at::empty(sizes, options);
+  at::Tensor sum = at::empty(sizes, options);
   if (sum.numel() == 0) return sum;
   if (!is_vector(kUpdate, kind)) {
     return matrix_update(weights, shape, seed, ordinal, epoch, pair_begin, rank, noise_law(kUpdate, law), scale, dtype,
