@@ -67,7 +67,7 @@ Shaped shape_impl(const at::Tensor& values, std::string_view shaping, int64_t gr
                                  coefficients.data_ptr<double>(), bad.data_ptr<float>(),
                                  mean.data_ptr<double>(),         coefficients.size(0)};
   const c10::OptionalDeviceGuard guard(wide.is_cuda() ? std::optional<at::Device>(wide.device()) : std::nullopt);
-  void* const stream = core::current_stream(wide.device());
+  [[maybe_unused]] void* const stream = core::current_stream(wide.device());
   const bool cuda = wide.is_cuda();
   if (cuda) {
 #if TORCH_EXT_WITH_CUDA
