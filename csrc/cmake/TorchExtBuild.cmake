@@ -14,7 +14,8 @@ if(TORCH_EXT_SANITIZE)
   add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-fsanitize=${TORCH_EXT_SANITIZE}>
                       $<$<COMPILE_LANGUAGE:CXX>:-fno-sanitize=vptr>
                       $<$<COMPILE_LANGUAGE:CXX>:-fno-sanitize-recover=all>
-                      $<$<COMPILE_LANGUAGE:CXX>:-fno-omit-frame-pointer>)
+                      $<$<COMPILE_LANGUAGE:CXX>:-fno-omit-frame-pointer>
+                      $<$<COMPILE_LANGUAGE:CXX>:-Wno-maybe-uninitialized>)  # gcc's own advice with sanitizers
   add_link_options(-fsanitize=${TORCH_EXT_SANITIZE})
 endif()
 
