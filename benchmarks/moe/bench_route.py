@@ -10,7 +10,6 @@ this thread, so that other work on the machine counts less.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -74,34 +73,18 @@ class Problem:
         }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    paired.steady_heap()
-    results: dict[str, dict[str, float]] = {}
+def measure(arguments: argparse.Namespace) -> paired.Results:
     for tokens, experts, top_k in CASES:
         times = paired.rounds(Problem(tokens, experts, top_k).sides(), arguments.rounds, time.thread_time)
-
-        def per_token(name: str, times: dict[str, list[float]] = times, tokens: int = tokens) -> float:
-            return paired.milliseconds(times, name) * 1e6 / tokens
-
-        values = {f"{name}, ns per token": per_token(name) for name in times if name != "self"}
+        per_token = {name: paired.milliseconds(times, name) * 1e6 / tokens for name in times if name != "self"}
+        values = {f"{name}, ns per token": value for name, value in per_token.items()}
         values["eager / route"] = paired.ratio(times, "eager", "route")
         values["the same with backward"] = paired.ratio(times, "eager and backward", "route and backward")
         values["argsort / plan"] = paired.ratio(times, "argsort", "plan")
         values["route / one read of the logits"] = paired.ratio(times, "route", "limit")
         values["route / itself"] = paired.ratio(times, "self", "route")
-        results[f"moe.route, {tokens} tokens, {experts} experts, top {top_k}, 1 thread"] = values
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**results, "machine": paired.machine()}))
-    for title, values in results.items():
-        print(title)
-        for name, value in values.items():
-            print(f"  {name}: {value:.3g}")
+        yield f"moe.route, {tokens} tokens, {experts} experts, top {top_k}, 1 thread", values
 
 
 if __name__ == "__main__":
-    main()
+    paired.main(__doc__, measure)

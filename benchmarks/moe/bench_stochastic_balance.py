@@ -8,8 +8,6 @@ it. The unit of "ns per entry" is one arrival and one server.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -79,20 +77,5 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    results = measure(arguments.rounds)
-    for title, values in results.items():
-        print(title)
-        for name, value in values.items():
-            print(f"  {name:40s} {value:10.3f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**results, "machine": paired.machine()}))
-
-
 if __name__ == "__main__":
-    main()
+    paired.main(__doc__, lambda arguments: measure(arguments.rounds).items())

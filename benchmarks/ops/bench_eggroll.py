@@ -11,7 +11,6 @@ of full rank for each of 64 members, then torch.func.vmap over the layer; per me
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -74,27 +73,14 @@ def dense_member_seconds(problem: Problem, clock: Callable[[], float]) -> float:
     return (clock() - start) / DENSE
 
 
-def peak(run: Callable[[], object]) -> int:
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    held = most = 0
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
 def memory() -> dict[str, float]:
     """Bytes beside input and output of one layer of 64 x 64, and of its update."""
     w, results = torch.zeros(64, 64), {}
     for members in (256, 65536):
         x, c = torch.zeros(members, 64), torch.zeros(members // 2)
         noise = ops.EggrollNoise(sigma=SIGMA)
-        forward = peak(lambda x=x, noise=noise: ops.eggroll_linear(x, w, None, noise, 0)) - x.numel() * 4
-        update = peak(lambda c=c: ops.eggroll_update(c, (64, 64), seed=0, ordinal=0)) - w.numel() * 4
+        forward = paired.peak(lambda x=x, noise=noise: ops.eggroll_linear(x, w, None, noise, 0)) - x.numel() * 4
+        update = paired.peak(lambda c=c: ops.eggroll_update(c, (64, 64), seed=0, ordinal=0)) - w.numel() * 4
         results[f"layer, {members} members: extra KB"] = forward / 1e3
         results[f"update, {members} members: extra KB"] = update / 1e3
     return results
@@ -102,18 +88,11 @@ def memory() -> dict[str, float]:
 
 def measure(members: int, rows: int, rounds: int, clock: Callable[[], float]) -> dict[str, float]:
     problem = Problem(members, rows)
-    sides: dict[str, Callable[[], object]] = {"plain": problem.plain}
+    sides: dict[str, paired.Side] = {"plain": (problem.plain, 1)}
     for law in LAWS:
-        sides[law] = lambda law=law: problem.population(law)
-        sides[f"generation, {law}"] = lambda law=law: problem.generation(law)
-    times: dict[str, list[float]] = {name: [] for name in [*sides, "self"]}
-    for run in sides.values():
-        run()
-    for _ in range(rounds):
-        for name in times:
-            start = clock()
-            sides[name if name != "self" else "plain"]()
-            times[name].append(clock() - start)
+        sides[law] = (lambda law=law: problem.population(law), 1)
+        sides[f"generation, {law}"] = (lambda law=law: problem.generation(law), 1)
+    times = paired.rounds(sides, rounds, clock)
     results = {"self": paired.ratio(times, "self", "plain"), "plain, ms": paired.milliseconds(times, "plain")}
     for law in LAWS:
         results[f"{law}: forward, % of plain"] = 100 * paired.ratio(times, "plain", law)
@@ -125,31 +104,16 @@ def measure(members: int, rows: int, rounds: int, clock: Callable[[], float]) ->
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    paired.steady_heap()
-    torch.set_num_threads(arguments.threads)
-    clock = time.thread_time if arguments.threads == 1 else time.perf_counter
-    results: dict[str, dict[str, float]] = {}
+def run(arguments: argparse.Namespace) -> paired.Results:
+    threads = arguments.threads
+    torch.set_num_threads(threads)
+    clock = time.thread_time if threads == 1 else time.perf_counter
     with torch.no_grad():
         for members, rows in ((4096, 1), (512, 8)):
-            title = (
-                f"EGGROLL, {LAYERS} layers of {WIDTH}, {members} members x {rows} rows, {arguments.threads} thread(s)"
-            )
-            results[title] = measure(members, rows, arguments.rounds, clock)
-            print(title)
-            for name, value in results[title].items():
-                print(f"  {name:60s} {value:10.3f}", flush=True)
-        results["EGGROLL, memory beside input and output"] = memory()
-    for name, value in results["EGGROLL, memory beside input and output"].items():
-        print(f"  {name:60s} {value:10.3f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**results, "machine": paired.machine()}))
+            title = f"EGGROLL, {LAYERS} layers of {WIDTH}, {members} members x {rows} rows, {threads} thread(s)"
+            yield title, measure(members, rows, arguments.rounds, clock)
+        yield "EGGROLL, memory beside input and output", memory()
 
 
 if __name__ == "__main__":
-    main()
+    paired.main(__doc__, run, add_arguments=lambda parser: parser.add_argument("--threads", type=int, default=1))

@@ -14,7 +14,6 @@ Forward CROWN and backward tight in all, float32, one thread.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -163,23 +162,11 @@ def measure(sizes: tuple[int, ...], rounds: int) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    paired.steady_heap()
-    torch.set_num_threads(1)
-    results = {}
+def run(arguments: argparse.Namespace) -> paired.Results:
     for sizes in NETS:
         title = f"local_lipschitz, {BOXES} boxes of radius {RADIUS}, network {'-'.join(map(str, sizes))}"
-        results[title] = measure(sizes, arguments.rounds)
-        print(title)
-        for name, value in results[title].items():
-            print(f"  {name:50s} {value:10.3f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**results, "machine": paired.machine()}))
+        yield title, measure(sizes, arguments.rounds)
 
 
 if __name__ == "__main__":
-    main()
+    paired.main(__doc__, run)

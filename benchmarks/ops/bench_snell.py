@@ -69,20 +69,6 @@ class Problem:
         return torch.nn.functional.linear(self.x, self.weight) + branch()
 
 
-def peak(run: Callable[[], object]) -> int:
-    """Bytes that the CPU allocator held above those at the start."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    held = most = 0
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
 def memory(problem: Problem, results: dict[str, float]) -> None:
     """Outputs and returned gradients excluded."""
     returned = 4 * (problem.y.numel() + problem.gx.numel() + problem.a.numel() + problem.b.numel())
@@ -91,7 +77,7 @@ def memory(problem: Problem, results: dict[str, float]) -> None:
     for name in ("fused", "composed"):
         gc.collect()
         branch = getattr(problem, name)
-        extra = peak(lambda branch=branch: problem.differentiate(branch())) - returned
+        extra = paired.peak(lambda branch=branch: problem.differentiate(branch())) - returned
         results[f"extra memory of {name}, MB"] = extra / 1e6
     results["bound: 8 rank (in + out) bytes and two tiles, MB"] = bound / 1e6
 

@@ -9,7 +9,6 @@ for each layer; we wrote it. "foreach" is the same with torch's list operators, 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -45,13 +44,7 @@ class Eager:
         torch._foreach_zero_(loads)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
-    arguments = parser.parse_args()
-    paired.steady_heap()
-    torch.set_num_threads(1)
+def measure(arguments: argparse.Namespace) -> paired.Results:
     generator = torch.Generator().manual_seed(0)
     counts = [torch.randint(0, 2 * TOKENS * TOP_K // EXPERTS, (EXPERTS,), generator=generator) for _ in range(LAYERS)]
     sides: dict[str, paired.Side] = {}
@@ -75,8 +68,7 @@ def main() -> None:
 
         sides[name] = (run_eager, 1)
     times = paired.rounds(sides, arguments.rounds)
-    title = f"ALFLB step, {LAYERS} layers of {EXPERTS} experts, Python"
-    results = {
+    ratios = {
         "eager / sign": paired.ratio(times, "eager", "sign"),
         "foreach / sign": paired.ratio(times, "foreach", "sign"),
         "proportional / sign": paired.ratio(times, "proportional", "sign"),
@@ -85,12 +77,8 @@ def main() -> None:
         "self": paired.ratio(times, "self", "sign"),
         "sign, ms": paired.milliseconds(times, "sign"),
     }
-    print(title)
-    for name, value in results.items():
-        print(f"  {name:40s} {value:10.3f}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({title: results, "machine": paired.machine()}))
+    yield f"ALFLB step, {LAYERS} layers of {EXPERTS} experts, Python", ratios
 
 
 if __name__ == "__main__":
-    main()
+    paired.main(__doc__, measure)

@@ -51,6 +51,20 @@ def milliseconds(times: dict[str, list[float]], name: str) -> float:
     return statistics.median(times[name]) * 1e3
 
 
+def peak(run: Callable[[], object]) -> int:
+    """Bytes that the CPU allocator held above those at the start."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    held = most = 0
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
 def steady_heap() -> None:
     """Keeps glibc from giving memory back between iterations, for all sides alike.
 
