@@ -174,7 +174,7 @@ def draw(runs: list[dict[str, Any]], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (curve, *maps) = pyplot.subplots(1, 3, figsize=(15, 4.5), width_ratios=[1.3, 1, 1])
+    figure, (curve, *maps) = pyplot.subplots(1, 3, figsize=(15, 4.5), width_ratios=[1.3, 1, 1], layout="constrained")
     for run in runs:
         width = max(1, len(run["max_vio"]) // 60)
         values = torch.tensor(run["max_vio"]).unfold(0, width, 1).mean(1)
@@ -189,7 +189,7 @@ def draw(runs: list[dict[str, Any]], path: str) -> None:
         axis.set(title=f"load over mean load, {title}", xlabel="experts of both layers")
         axis.set_yticks(range(len(runs)), [run["name"] for run in runs])
     figure.colorbar(image, ax=maps)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    figure.savefig(path, dpi=110)
 
 
 def parse_arguments() -> argparse.Namespace:
